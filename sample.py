@@ -1,0 +1,107 @@
+"""
+Talks about images with a model that train.py made.
+
+    python sample.py                                     draws a scene and says what is in it
+    python sample.py --image=cat.jpg                     describes a picture; also a,b.png or a folder or 'x/*.jpg'
+    python sample.py --image=cat.jpg --prompt="what color is the cat?"
+    python sample.py --image=cat.jpg --choices="a cat,a dog"     which of these is likelier
+"""
+import glob, os, sys, time
+
+import torch
+from PIL import Image
+
+from vlm import Shapes, UserError, encode_prompt, image_transform, load_checkpoint, open_image, override
+
+# settings ---------------------------------------------------------------------------------------------------
+out_dir = 'out'                  # folder with the ckpt.pt of train.py
+init_from = ''                   # another checkpoint than that: its path
+image = ''                       # a file, several with commas, a folder, or a pattern in quotes; '' = draw a scene
+prompt = ''                      # a question; '' = describe the image
+choices = ''                     # answers with commas: says how likely each is, in place of an answer of its own
+num_samples = 1                  # > 0; answers for each image
+max_new_tokens = 100             # > 0; longest answer
+temperature = 0.0                # >= 0; 0 = always the likeliest token, 1 = as the model has it, more = wilder
+top_k = 0                        # >= 0; draw from so many likeliest tokens, 0 = from all
+top_p = 0.9                      # > 0 and <= 1; draw from the likeliest tokens that together reach this, 1 = from all
+seed = 0                         # >= 0; 0 = another each time
+device = 'auto'                  # 'auto', 'cpu', 'mps', 'cuda', 'cuda:1' ...
+dtype = 'auto'                   # 'auto', 'float32', 'bfloat16' or 'float16'
+compile = False                  # true: torch.compile; pays on a GPU, after a minute
+# ------------------------------------------------------------------------------------------------------------
+override(globals())
+if device == 'auto':
+    device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+kind = device.split(':')[0]
+if kind != 'cpu' and not getattr(torch, kind).is_available():
+    raise UserError(f'device={device}, but PyTorch finds none here: --device=cpu, or leave it out')
+if dtype == 'auto':
+    dtype = 'bfloat16' if kind == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
+seed = seed or time.time_ns() % 2 ** 31
+torch.manual_seed(seed)
+
+model, checkpoint = load_checkpoint(init_from or os.path.join(out_dir, 'ckpt.pt'), device)
+model.to(getattr(torch, dtype)).eval()
+if compile:
+    model.decoder.compile(dynamic=True)
+tok, transform = checkpoint['tokenizer'], image_transform(model.cfg)
+
+def pictures():
+    """The paths that --image means; without it a scene is drawn into out_dir."""
+    if not image:
+        path = os.path.join(out_dir, 'drawn.png')
+        Shapes('val', seed, 'caption', pixels=512)[0][0].save(path)
+        return [path]
+    paths = []
+    for part in [image] if os.path.exists(image) else image.split(','):
+        if os.path.isdir(part):
+            inside = sorted(os.path.join(part, name) for name in os.listdir(part))
+            paths += [p for p in inside if p.lower().endswith(tuple(Image.registered_extensions()))]
+        else:
+            paths += sorted(glob.glob(part)) if glob.has_magic(part) and not os.path.exists(part) else [part]
+    if not paths:
+        raise UserError(f'image={image}: there is no picture')
+    return paths
+
+def rank(pixels, ids):
+    """Prints the choices, likeliest first, with their probabilities among themselves."""
+    texts = [text.strip() for text in choices.split(',') if text.strip()]
+    answers = [torch.tensor(tok.encode(' ' + text) + [tok.eos], device=device) for text in texts]
+    chances = model.score(pixels, ids, answers).softmax(0)
+    for i in chances.argsort(descending=True).tolist():
+        print(f'{chances[i]:7.1%}  {texts[i]}')
+
+def answer(pixels, ids):
+    """Prints an answer as it comes, or several at once, and how fast they came."""
+    start, times, tokens = time.time(), [], []
+
+    def arriving():
+        for step in model.stream(pixels, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
+                                 top_p=top_p, stop=tok.eos, num_samples=num_samples):
+            tokens.append(step.flatten().tolist())
+            times.append(time.time() - start)
+            yield tokens[-1][0]
+
+    if num_samples == 1:
+        for i, piece in enumerate(tok.stream(arriving())):
+            print(piece if i else piece.lstrip(), end='', flush=True)
+        print()
+    else:
+        list(arriving())
+        for row in zip(*tokens):
+            print('-', tok.decode(row).strip())
+    rate = (len(times) - 1) * num_samples / (times[-1] - times[0]) if len(times) > 1 else 0
+    print(f'[first token after {times[0] * 1e3:.0f} ms, then {rate:.0f} tokens/s]')
+
+failed = 0
+for path in pictures():
+    try:
+        pixels = transform(open_image(path, model.cfg.image_size)).to(device)
+    except UserError as e:               # the other pictures still get their answer
+        print(f'sample.py: {e}', file=sys.stderr)
+        failed = 1
+        continue
+    print(f'{path}: {prompt}' if prompt else path)
+    ids = torch.tensor(encode_prompt(tok, model.cfg, prompt), dtype=torch.long, device=device)
+    rank(pixels, ids) if choices else answer(pixels, ids)
+sys.exit(failed)

@@ -1,0 +1,918 @@
+"""
+A minimal vision-language model: one file that turns an image and a question into words.
+
+    image (3,H,W)                               "what color is the star?"
+      | stem: cut into patches, or convolve                | tokenizer
+      | VisionEncoder: each patch looks at all             |
+      | MultimodalProjection: to the decoder's width       | embedding
+      v                                                    v
+    [ v1 v2 ... vN ][ t1 t2 ... tT ]   one sequence: visual tokens first, then text
+                   | LanguageDecoder: each token looks at itself and at what is before it
+                   v
+    logits over the vocabulary -> sample_top_p -> the next token, again and again: "red"
+
+One Attention, one MLP and one Block serve eye and mouth: ViT, SigLIP, GPT-2 and SmolLM2 differ only in a
+TransformerConfig. Contents: 1 config, 2 building blocks, 3 the eye, 4 the joint, 5 the mouth, 6 the whole model,
+7 sampling, 8 weights, 9 text and pixels, 10 data, 11 command line. Left out on purpose: beam search, image
+tiling, quantisation, several images in one prompt.
+
+Letters in shapes: B batch, T text tokens, N visual tokens, S tokens in a sequence, C channels, H heads,
+K key/value heads, D channels a head, V vocabulary.
+
+Papers (arXiv): ViT 2010.11929, SigLIP 2303.15343, LLaVA 2304.08485, Perceiver resampler 2204.14198, GPT-2
+(Radford 2019), Llama 2302.13971, RoPE 2104.09864, grouped queries 2305.13245, SwiGLU 2002.05202.
+"""
+import argparse, codecs, csv, difflib, json, math, operator, os, random, re, sys
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from types import SimpleNamespace
+
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageOps
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint as recompute
+from torchvision.transforms import v2
+
+class UserError(ValueError):
+    """What a user typed, or a file holds, is wrong. The runners print it as one line, without a traceback."""
+
+# 1. Config --------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """One stack of blocks, the eye's or the mouth's."""
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    n_kv_head: int = 0               # key/value heads; 0 = n_head, fewer = grouped-query attention
+    n_hidden: int = 0                # width inside the MLP; 0 = 4 * n_embd
+    norm: str = 'layer'              # 'layer' or 'rms'
+    norm_eps: float = 1e-6
+    activation: str = 'gelu'         # 'gelu', 'gelu_tanh' or 'swiglu'
+    position: str = 'learned'        # 'learned' or 'rope'
+    rope_base: float = 10000.0
+    bias: bool = True                # in linear layers and layer norms
+    dropout: float = 0.0             # on what each attention and each MLP adds
+
+    kv_heads = property(lambda self: self.n_kv_head or self.n_head)
+    hidden = property(lambda self: self.n_hidden or 4 * self.n_embd)
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head or self.n_head % self.kv_heads:
+            raise UserError(f'not multiples: n_embd={self.n_embd}, n_head={self.n_head}, n_kv_head={self.kv_heads}')
+
+@dataclass(frozen=True)
+class VLMConfig:
+    """Eye, mouth and the joint between them, and how the model wants its pixels and its prompts."""
+    vision: TransformerConfig = TransformerConfig()
+    text: TransformerConfig = TransformerConfig()
+    encoder: str = 'vit'             # 'vit', or 'resnet18' or 'resnet50' with patch_size=32
+    stem: str = 'patch'              # 'patch': one strided convolution; 'conv': several, with max-pooling
+    image_size: int = 224            # pixels a side
+    patch_size: int = 16             # pixels a side of a cell of the feature grid
+    class_token: bool = False        # attended to, then dropped, as in the first ViT
+    image_mean: tuple = (0.5, 0.5, 0.5)
+    image_std: tuple = (0.5, 0.5, 0.5)
+    image_resize: str = 'squash'     # 'squash': the aspect ratio is lost; 'crop': the centre is kept
+    projection: str = 'mlp'          # 'linear', 'mlp', 'pixel_shuffle' or 'perceiver'
+    projection_hidden: int = 2048    # 'mlp': its width
+    projection_bias: bool = True
+    shuffle_factor: int = 2          # 'pixel_shuffle': so many squared cells become one visual token
+    n_latents: int = 32              # 'perceiver': visual tokens it returns
+    input_norm: bool = False         # normalise what enters the decoder: images and words on one scale
+    vocab_size: int = 50257
+    block_size: int = 1024           # longest sequence, visual tokens included
+    tokenizer: str = 'gpt2'          # see Tokenizer.make
+    prompt_template: str = '{}'      # how a prompt is put to the model
+    caption_prompt: str = ''         # the prompt that asks for a caption
+
+    grid = property(lambda self: self.image_size // self.patch_size)
+    factor = property(lambda self: self.shuffle_factor if self.projection == 'pixel_shuffle' else 1)
+
+    n_visual = property(lambda self: self.n_latents if self.projection == 'perceiver'
+                        else (self.grid // self.factor) ** 2)
+
+    def __post_init__(self):
+        for name in ('vision', 'text'):  # from a checkpoint they come as dictionaries
+            if isinstance(stack := getattr(self, name), dict):
+                object.__setattr__(self, name, TransformerConfig(**stack))
+        if self.image_size % (self.patch_size * self.factor):
+            raise UserError(f'image_size={self.image_size} must be a multiple of {self.patch_size * self.factor}')
+        if self.block_size <= self.n_visual:
+            raise UserError(f'block_size={self.block_size} must exceed the {self.n_visual} tokens of an image')
+
+def from_scratch(n_embd, eye_layers, mouth_layers, dropout=0.0, **more):
+    """The shape that learned fastest from nothing: convolutional stem, no biases, one scale into the decoder."""
+    eye = TransformerConfig(eye_layers, n_embd // 32, n_embd, bias=False, dropout=dropout)
+    return VLMConfig(eye, replace(eye, n_layer=mouth_layers), stem='conv', patch_size=8, input_norm=True,
+                     projection='pixel_shuffle', projection_bias=False, tokenizer='bpe', **more)
+
+SIGLIP = TransformerConfig(12, 12, 768, activation='gelu_tanh')
+GPT2 = TransformerConfig(12, 12, 768, norm_eps=1e-5, activation='gelu_tanh')
+SMOLLM2 = TransformerConfig(30, 9, 576, n_kv_head=3, n_hidden=1536, norm='rms', norm_eps=1e-5, bias=False,
+                            activation='swiglu', position='rope', rope_base=100000.0)
+PRESETS = {
+    # 1.4M parameters: learns the drawn shapes from nothing on a laptop
+    'tiny': from_scratch(128, 1, 4, image_size=64, vocab_size=512, block_size=80),
+    # 20M: photos from nothing on one GPU
+    'small': from_scratch(384, 4, 6, dropout=0.1, image_size=128, vocab_size=4096, block_size=192),
+    # 213M, the textbook model: ViT-B/16, a two-layer projection, GPT-2
+    'base': VLMConfig(TransformerConfig(), GPT2, class_token=True, image_resize='crop',
+                      image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225)),
+    # 222M: SigLIP-B/16, pixel shuffle, SmolLM2-135M
+    'nanovlm': VLMConfig(SIGLIP, SMOLLM2, projection='pixel_shuffle', projection_bias=False, vocab_size=49152,
+                         image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0), tokenizer='tokenizer.json',
+                         prompt_template='Question: {} Answer:', caption_prompt='What is in this image?'),
+}
+
+# 2. Building blocks -----------------------------------------------------------------------------------------
+
+def make_norm(cfg):
+    if cfg.norm == 'rms':
+        return nn.RMSNorm(cfg.n_embd, cfg.norm_eps)
+    return nn.LayerNorm(cfg.n_embd, cfg.norm_eps, bias=cfg.bias)
+
+def rope_table(length, dim, base):
+    """Cosine and sine of each position's angles, (2,length,dim/2): fast pairs for neighbours, slow ones for afar."""
+    frequency = base ** (-torch.arange(0, dim, 2).float() / dim)
+    angle = torch.outer(torch.arange(length).float(), frequency)
+    return torch.stack([angle.cos(), angle.sin()])
+
+def rotate(x, rope):
+    """Turns each pair (i, i + D/2) of x (B,H,S,D) by its angle, so that q.k depends on the distance alone."""
+    cos, sin = rope.to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+class KVCache:
+    """Keys and values that one Attention has computed so far, in memory taken once, at the first append."""
+    def __init__(self, max_length):
+        self.max_length, self.length, self.kv = max_length, 0, None
+
+    def append(self, k, v):
+        """k, v (B,K,new,D) -> all so far, (2,B,K,length,D)."""
+        B, K, new, D = k.shape
+        self.kv = k.new_empty(2, B, K, self.max_length, D) if self.kv is None else self.kv
+        start, self.length = self.length, self.length + new
+        self.kv[0, :, :, start:self.length], self.kv[1, :, :, start:self.length] = k, v
+        return self.kv[:, :, :, :self.length]
+
+def attend(q, k, v, mask=None):
+    """softmax(QK^T / sqrt(D)) V, spelled out: F.scaled_dot_product_attention, with the map that it hides.
+
+    q (B,H,T,D), k and v (B,H,S,D), mask True where a query may look -> y (B,H,T,D), att (B,H,T,S).
+    """
+    att = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))        # (B,H,T,D) x (B,H,D,S) -> (B,H,T,S)
+    if mask is not None:
+        att = att.masked_fill(~mask, float('-inf'))
+    att = att.softmax(dim=-1)
+    return att @ v, att                                          # (B,H,T,S) x (B,H,S,D) -> (B,H,T,D)
+
+class Attention(nn.Module):
+    """Multi-head attention: self or cross, causal or not, with grouped key/value heads, RoPE, a KV cache."""
+    def __init__(self, cfg, causal=False):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.causal = cfg.n_head, cfg.kv_heads, causal
+        self.head_dim = cfg.n_embd // cfg.n_head
+        self.q = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+        self.kv = nn.Linear(cfg.n_embd, 2 * self.n_kv_head * self.head_dim, bias=cfg.bias)
+        self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+        self.maps = None                 # a list here collects the attention map of each call
+
+    def forward(self, x, context=None, mask=None, rope=None, cache=None):
+        """x (B,T,C) asks, context (B,S,C) or x itself answers; mask: see attend. Returns (B,T,C)."""
+        B, T, C = x.shape
+        context, D, groups = x if context is None else context, self.head_dim, self.n_head // self.n_kv_head
+        q = self.q(x).view(B, T, self.n_head, D).transpose(1, 2)                                    # (B,H,T,D)
+        k, v = self.kv(context).view(B, -1, 2 * self.n_kv_head, D).transpose(1, 2).chunk(2, dim=1)  # (B,K,S,D)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        # is_causal lines up the first query with the first key: right for a whole sequence only. A single query
+        # on a cache needs no mask, for all that the cache holds is past
+        causal = self.causal and mask is None and T > 1
+        assert not causal or k.size(2) == T, 'several queries on a cache need a mask'
+        # backward in bf16, PyTorch's fused kernel for CPUs takes seven times as long as the spelled-out lines
+        if self.maps is None and not (q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad):
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=groups > 1)
+        else:
+            mask = q.new_ones(T, T).tril().bool() if causal else mask
+            y, att = attend(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), mask)
+            if self.maps is not None:
+                self.maps.append(att)
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+class MLP(nn.Module):
+    """Two linear maps with a bend between; in SwiGLU one half of the first, bent, gates the other."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.activation = cfg.activation
+        self.up = nn.Linear(cfg.n_embd, cfg.hidden * (1 + (cfg.activation == 'swiglu')), bias=cfg.bias)
+        self.down = nn.Linear(cfg.hidden, cfg.n_embd, bias=cfg.bias)
+
+    def forward(self, x):
+        x = self.up(x)
+        if self.activation == 'swiglu':
+            gate, x = x.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * x)
+        return self.down(F.gelu(x, approximate='tanh' if self.activation == 'gelu_tanh' else 'none'))
+
+class Block(nn.Module):
+    """Pre-norm: the residual stream x is only ever added to."""
+    def __init__(self, cfg, causal=False):
+        super().__init__()
+        self.norm1, self.attn = make_norm(cfg), Attention(cfg, causal)
+        self.norm2, self.mlp = make_norm(cfg), MLP(cfg)
+        self.drop = nn.Dropout(cfg.dropout)
+
+    def forward(self, x, **look):
+        x = x + self.drop(self.attn(self.norm1(x), **look))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+class Transformer(nn.Module):
+    """Blocks and a last norm: what eye, resampler and mouth have in common."""
+    def __init__(self, cfg, causal=False):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(cfg, causal) for _ in range(cfg.n_layer))
+        self.norm, self.drop = make_norm(cfg), nn.Dropout(cfg.dropout)
+        self.grad_checkpointing = False  # in training keep only what enters each block, and compute the rest again
+
+    def run(self, x, caches=None, **look):
+        x = self.drop(x)
+        for i, block in enumerate(self.blocks):
+            if self.grad_checkpointing and self.training:
+                x = recompute(block, x, use_reentrant=False, **look)
+            else:
+                x = block(x, cache=caches[i] if caches else None, **look)
+        return self.norm(x)
+
+# 3. The eye -------------------------------------------------------------------------------------------------
+
+def conv_stem(width, patch_size):
+    """Convolutions from pixels (B,3,h,w) to features (B,width,h/patch_size,w/patch_size).
+
+    Max-pooling keeps the strongest edge where strides and averages blur it: small shapes are learned sooner.
+    """
+    if patch_size not in (4, 8, 16, 32):
+        raise UserError(f'a convolutional stem halves: patch_size={patch_size} must be 4, 8, 16 or 32')
+    halvings = int(math.log2(patch_size))
+    widths = [width >> min(2, halvings - 1 - i) for i in range(halvings)]
+    layers = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.GELU()]
+    for a, b in zip(widths, widths[1:]):
+        layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(b), nn.GELU()]
+    return nn.Sequential(*layers, nn.Conv2d(width, width, 3, padding=1))
+
+class VisionEncoder(Transformer):
+    """ViT or SigLIP: an image becomes a grid of patches, and each patch looks at all."""
+    def __init__(self, cfg):
+        super().__init__(cfg.vision)
+        C, p = cfg.vision.n_embd, cfg.patch_size
+        self.stem = conv_stem(C, p) if cfg.stem == 'conv' else nn.Conv2d(3, C, p, stride=p)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, C)) if cfg.class_token else None
+        self.position = nn.Parameter(torch.zeros(cfg.grid ** 2 + cfg.class_token, C))
+
+    def forward(self, images):
+        """images (B,3,H,W), normalised -> features (B,grid*grid,C), row by row."""
+        x = self.stem(images).flatten(2).transpose(1, 2)         # (B,C,h,w) -> (B,h*w,C)
+        if self.class_token is not None:
+            x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
+        x = self.run(x + self.position)
+        return x if self.class_token is None else x[:, 1:]
+
+class ResNetEncoder(nn.Sequential):
+    """torchvision's ResNet up to its last feature map, as a grid of features (B,H/32*W/32,512 or 2048)."""
+    def __init__(self, cfg):
+        net = getattr(torchvision.models, cfg.encoder)(weights=None)
+        if (cfg.vision.n_embd, cfg.patch_size) != (net.fc.in_features, 32):
+            raise UserError(f'{cfg.encoder} needs vision.n_embd={net.fc.in_features} and patch_size=32, '
+                            f'not {cfg.vision.n_embd} and {cfg.patch_size}')
+        super().__init__()
+        for name, module in list(net.named_children())[:-2]:     # all but pooling and classifier
+            self.add_module(name, module)
+
+    def forward(self, images):
+        return super().forward(images).flatten(2).transpose(1, 2)
+
+# 4. The joint -----------------------------------------------------------------------------------------------
+
+class MultimodalProjection(nn.Module):
+    """The eye's features as tokens of the decoder's width: (B,grid*grid,C of the eye) -> (B,N,C of the mouth)."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.grid, self.factor, bias = cfg.grid, cfg.factor, cfg.projection_bias
+        eye, mouth, hidden = cfg.vision.n_embd * self.factor ** 2, cfg.text.n_embd, cfg.projection_hidden
+        self.proj, self.resampler = nn.Linear(eye, mouth, bias=bias), None
+        if cfg.projection == 'mlp':              # LLaVA 1.5
+            self.proj = nn.Sequential(nn.Linear(eye, hidden, bias=bias), nn.GELU(),
+                                      nn.Linear(hidden, mouth, bias=bias))
+        if cfg.projection == 'perceiver':        # Flamingo: a few learned queries look at the features
+            self.latents, self.norm = nn.Parameter(torch.zeros(cfg.n_latents, mouth)), make_norm(cfg.text)
+            self.resampler = Transformer(replace(cfg.text, n_layer=2))
+
+    def forward(self, x):
+        if self.factor > 1:                      # pixel shuffle: a square of neighbours becomes one long feature
+            (B, _, C), f, g = x.shape, self.factor, self.grid // self.factor
+            x = x.view(B, g, f, g, f, C).transpose(2, 3).reshape(B, g * g, f * f * C)
+        x = self.proj(x)
+        if self.resampler is not None:
+            x = self.resampler.run(self.latents.expand(len(x), -1, -1), context=self.norm(x))
+        return x
+
+# 5. The mouth -----------------------------------------------------------------------------------------------
+
+class LanguageDecoder(Transformer):
+    """GPT-2 or Llama, by config alone. It takes embeddings, not ids: an image has no ids."""
+    def __init__(self, cfg):
+        super().__init__(cfg.text, causal=True)
+        C, self.learned = cfg.text.n_embd, cfg.text.position == 'learned'
+        self.embedding = nn.Embedding(cfg.vocab_size, C)
+        self.head = nn.Linear(C, cfg.vocab_size, bias=False)
+        self.head.weight = self.embedding.weight                 # tied
+        if self.learned:
+            self.position = nn.Parameter(torch.zeros(cfg.block_size, C))
+        else:
+            table = rope_table(cfg.block_size, C // cfg.text.n_head, cfg.text.rope_base)
+            self.register_buffer('rope', table, persistent=False)
+
+    def forward(self, x, positions, mask=None, caches=None):
+        """x (B,S,C), positions (S,) or (B,S) -> hidden states (B,S,C), ready for the head."""
+        if self.learned:
+            return self.run(x + self.position[positions], caches, mask=mask)
+        return self.run(x, caches, mask=mask, rope=self.rope[:, positions].unsqueeze(-3))      # (2,1 or B,1,S,D/2)
+
+# 6. The whole model -----------------------------------------------------------------------------------------
+
+class MinimalVLM(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.vision = VisionEncoder(cfg) if cfg.encoder == 'vit' else ResNetEncoder(cfg)
+        self.projection = MultimodalProjection(cfg)
+        self.decoder = LanguageDecoder(cfg)
+        self.init_weights()
+
+    def init_weights(self):
+        """GPT-2's: normal with deviation 0.02, less for what writes to the residual stream, the deeper the stack.
+
+        Convolutions and norms keep PyTorch's own. Positions that meet a normalised input are on its scale.
+        """
+        depth = {'vision': self.cfg.vision.n_layer, 'projection': 2, 'decoder': self.cfg.text.n_layer}
+        for name, p in self.named_parameters():
+            if name.endswith(('attn.out.weight', 'mlp.down.weight')):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * depth[name.split('.')[0]]))
+            elif p.dim() == 2:           # linear maps, embeddings, positions, latents
+                nn.init.normal_(p, std=0.5 if name == 'decoder.position' and self.cfg.input_norm else 0.02)
+            elif name.endswith('bias'):
+                nn.init.zeros_(p)
+
+    def scale(self, x):
+        return F.layer_norm(x, x.shape[-1:]) if self.cfg.input_norm else x
+
+    def see(self, images):
+        """images (B,3,H,W) or (3,H,W), bytes or normalised floats -> visual tokens (B,N,C)."""
+        images, size = images if images.dim() == 4 else images[None], self.cfg.image_size
+        if images.shape[1:] != (3, size, size):
+            raise ValueError(f'images {tuple(images.shape)}: image_transform(model.cfg) makes (B, 3, {size}, {size})')
+        if images.dtype == torch.uint8:
+            images = v2.functional.normalize(images.float() / 255, self.cfg.image_mean, self.cfg.image_std)
+        return self.scale(self.projection(self.vision(images.to(self.decoder.head.weight.dtype))))
+
+    def read(self, input_ids):
+        """input_ids (...,T) -> embeddings (...,T,C)."""
+        return self.scale(self.decoder.embedding(input_ids))
+
+    def hidden(self, images, input_ids):
+        """Decoder states (B,N+T,C) over images, one for each text or one for all, and texts (B,T); and N."""
+        x, N = self.read(input_ids), 0                           # (B,T,C)
+        if images is not None:
+            visual = self.see(images)
+            x, N = torch.cat([visual.expand(len(x), -1, -1), x], dim=1), visual.size(1)
+        if x.size(1) > self.cfg.block_size:
+            raise UserError(f'{x.size(1)} tokens with the image are more than block_size={self.cfg.block_size}')
+        return self.decoder(x, torch.arange(x.size(1), device=x.device)), N
+
+    def forward(self, images, input_ids, targets=None, return_logits=True):
+        """One pass over images and texts that are known, to train or to score.
+
+        images: see see(), None for the bare language model; input_ids (B,T) or (T,); targets: input_ids where the
+        model is to be scored, -100 elsewhere. Returns logits (B,T,V), row t about what follows text token t, and
+        the loss in nats a scored token (None without targets). return_logits=False never builds the logits.
+        """
+        h, N = self.hidden(images, batched(input_ids))
+        loss = None
+        if targets is not None:
+            # the one shift: state s predicts token s + 1, so the last visual state predicts the first of the text.
+            # Only states that are scored meet the head, which is as wide as the vocabulary
+            labels = F.pad(targets.view(len(h), -1), (N, 0), value=-100)[:, 1:]             # (B,N+T-1)
+            scored = labels != -100
+            loss = F.cross_entropy(self.decoder.head(h[:, :-1][scored]).float(), labels[scored])
+        return (self.decoder.head(h[:, N:]) if return_logits else None), loss
+
+    @torch.no_grad()
+    def stream(self, images, prompt_ids, max_new_tokens=50, temperature=1.0, top_p=1.0, top_k=0, stop=None,
+               use_cache=True, num_samples=1):
+        """Generates: yields the next token of each row, (B * num_samples, 1), as soon as it is known.
+
+        images: see see(), or None; prompt_ids (B,T), (T,), or a list of B prompts (T_i,) of any lengths. A row
+        that has met its stop id repeats it until all have. Images and prompts are read once for all samples.
+        use_cache=False computes everything again at each token: slow, and the same.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            # 1. prompts behind their images, the shorter ones padded on the far left
+            rows = [self.read(ids) for ids in batched(prompt_ids)]
+            if images is not None:
+                rows = [torch.cat([v, row]) for v, row in zip(self.see(images).expand(len(rows), -1, -1), rows)]
+            x, shortest = pad_sequence(rows, batch_first=True, padding_side='left'), min(map(len, rows))
+            if not 0 < shortest <= x.size(1) < self.cfg.block_size:
+                raise UserError(f'a prompt of {shortest} to {x.size(1)} tokens with the image: at least 1 is needed, '
+                                f'and fewer than block_size={self.cfg.block_size}')
+            padding = torch.tensor([[x.size(1) - len(row)] for row in rows], device=x.device)       # (B,1)
+            S, end = x.size(1), min(x.size(1) + max_new_tokens, self.cfg.block_size)
+            caches, steps = [KVCache(end) for _ in self.decoder.blocks] if use_cache else [], torch.arange(end)
+            steps = steps.to(x.device)
+
+            def look(x, S):              # x is the last of S tokens; padding has no position and is not seen
+                query, key = steps[S - x.size(1):S], steps[:S]
+                mask = (key <= query[:, None]) & (key >= padding[:, :, None]) | (key == query[:, None])     # (B,T,S)
+                return self.decoder(x, (query - padding).clamp(min=0), mask[:, None], caches)
+
+            # 2. read them, remember keys and values, and share these among the samples
+            h = look(x, S)
+            x, h, padding = (t.repeat_interleave(num_samples, 0) for t in (x, h, padding))
+            for cache in caches:
+                cache.kv = cache.kv.repeat_interleave(num_samples, 1)
+            # 3. say a token, read it, and again
+            done = torch.zeros(len(h), 1, dtype=torch.bool, device=x.device)
+            for S in range(S + 1, end + 1):
+                token = sample_top_p(self.decoder.head(h[:, -1]), top_p, temperature, top_k)        # (B,1)
+                if stop is not None:
+                    token = token.masked_fill(done, stop)
+                    done |= token == stop
+                yield token
+                if S == end or (stop is not None and bool(done.all())):
+                    break
+                x = self.read(token) if use_cache else torch.cat([x, self.read(token)], dim=1)
+                h = look(x, S)
+        finally:
+            self.train(was_training)
+
+    def generate(self, images, prompt_ids, stop=None, num_samples=1, **options):
+        """stream(), collected: (B * num_samples, T+new) ids, or for a list of prompts a list of (T_i+new_i,).
+
+        In the list each row ends with its own stop id, and equals what its prompt gives alone.
+        """
+        new = list(self.stream(images, prompt_ids, stop=stop, num_samples=num_samples, **options))
+        prompts = [ids for ids in batched(prompt_ids) for _ in range(num_samples)]
+        rows = torch.cat(new, dim=1) if new else prompts[0].new_empty(len(prompts), 0)
+        if isinstance(prompt_ids, torch.Tensor):
+            return torch.cat([torch.stack(prompts), rows], dim=1)
+        ends = [(row == stop).nonzero()[:1].flatten().tolist() if stop is not None else [] for row in rows]
+        return [torch.cat([ids, row[:end[0] + 1] if end else row]) for ids, row, end in zip(prompts, rows, ends)]
+
+    @torch.no_grad()
+    def score(self, image, prompt_ids, choices):
+        """Log-probability (n,) of each of n answers, ids (T_i,) each, after an image and a prompt (T,)."""
+        was_training = self.training
+        self.eval()
+        ids = pad_sequence([torch.cat([prompt_ids, choice]) for choice in choices], batch_first=True)
+        h, _ = self.hidden(image, ids)
+        T = ids.size(1) - len(prompt_ids)
+        logp = self.decoder.head(h[:, -T - 1:-1]).float().log_softmax(-1)                       # (n,T,V)
+        logp = logp.gather(-1, ids[:, -T:, None]).squeeze(-1)
+        self.train(was_training)
+        return torch.stack([row[:len(choice)].sum() for row, choice in zip(logp, choices)])
+
+def batched(ids):
+    return ids[None] if isinstance(ids, torch.Tensor) and ids.dim() == 1 else ids
+
+# 7. Sampling ------------------------------------------------------------------------------------------------
+
+def sample_top_p(logits, p=0.9, temperature=1.0, top_k=0):
+    """Draws from the smallest set of tokens whose probability reaches p, the one that crosses p included.
+
+    logits (B,V) or (V,) -> ids (B,1) or (1,), each row on its own. The temperature comes first, and 0 takes the
+    likeliest token; top_k > 0 keeps at most so many; p = 1 keeps all. Holtzman et al. 2019, 1904.09751.
+    """
+    if temperature < 0 or top_k < 0 or not 0 < p <= 1:
+        raise UserError(f'temperature={temperature} and top_k={top_k} must be >= 0, top_p={p} > 0 and <= 1')
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits, order = logits.float().topk(min(top_k or logits.size(-1), logits.size(-1)))         # likeliest first
+    probs = ((logits - logits[..., :1]) / temperature).softmax(dim=-1)
+    likelier = probs.cumsum(dim=-1) - probs
+    probs = probs.masked_fill((likelier >= p) & (p < 1), 0.0)
+    return order.gather(-1, torch.multinomial(probs, 1))
+
+# 8. Weights -------------------------------------------------------------------------------------------------
+
+def save_checkpoint(path, model, tokenizer, **more):
+    """Writes model, config, tokenizer and more to one file, whole or not at all.
+
+    It is written beside the old file and then takes its place: a kill or a full disk leaves the old one.
+    """
+    part = f'{path}.part'
+    try:
+        with open(part, 'wb') as f:
+            torch.save(dict(more, model=model.state_dict(), config=asdict(model.cfg), tokenizer=tokenizer.state), f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:
+        if os.path.exists(part):
+            os.remove(part)
+        raise UserError(f'could not write {path} ({e}); what was there before is untouched') from e
+
+def load_checkpoint(path, device='cpu'):
+    """-> model, checkpoint: the dictionary, with its 'tokenizer' ready to use. Runs no code that the file may hold."""
+    if not os.path.isfile(path):
+        raise UserError(f'there is no checkpoint at {path}: '
+                        f'`python train.py --out_dir={os.path.dirname(path) or "."}` makes one')
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        model = MinimalVLM(VLMConfig(**checkpoint['config']))
+        model.load_state_dict(checkpoint.pop('model'))
+        checkpoint['tokenizer'] = Tokenizer(**checkpoint['tokenizer'])
+    except Exception as e:               # a damaged or hostile file can fail in any way there is
+        raise UserError(f'{path} is damaged, or no checkpoint of this version of vlm.py '
+                        f'({type(e).__name__}: {(str(e) or "?").splitlines()[0][:90]})') from e
+    return model.to(device), checkpoint
+
+# 9. Text and pixels -----------------------------------------------------------------------------------------
+
+# how a text falls into pieces before the merges: SmolLM2's rule, words with their space and single digits
+PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+END = '<|endoftext|>'
+
+class Tokenizer:
+    """Text <-> ids: a tiktoken Encoding whose state fits into a checkpoint."""
+    def __init__(self, name, ranks, special, pieces=PIECES):
+        """ranks {token as latin-1: id} in the order of merging, special {text: id}, pieces: how text is split."""
+        self.state = dict(name=name, ranks=ranks, special=special, pieces=pieces)
+        ranks = {token.encode('latin-1'): i for token, i in ranks.items()}
+        self.encoding = tiktoken.Encoding(name, pat_str=pieces, mergeable_ranks=ranks, special_tokens=special)
+        self.bytes = {i: token for token, i in ranks.items()}
+        self.name, self.n_vocab, self.eos = name, self.encoding.n_vocab, special[END]
+
+    def encode(self, text):
+        """Special tokens spelled out in a text are plain text."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids):
+        return ''.join(self.stream(ids))
+
+    def stream(self, ids):
+        """Text as ids come in. Special ids are silent; a character in several tokens waits for its last."""
+        utf8 = codecs.getincrementaldecoder('utf-8')(errors='replace')
+        for i in ids:
+            yield utf8.decode(self.bytes.get(int(i), b''))
+        yield utf8.decode(b'', final=True)
+
+    @classmethod
+    def make(cls, name, texts=(), vocab_size=0):
+        """'bytes', 'bpe' (learned from texts), or 'gpt2' (which tiktoken downloads once)."""
+        if name == 'gpt2':
+            try:
+                gpt2 = tiktoken.get_encoding('gpt2')
+            except Exception as e:       # whatever tiktoken's HTTP library raises
+                raise UserError(f'the gpt2 tokenizer is downloaded once, which failed ({type(e).__name__}): '
+                                'go online, or use --tokenizer=bpe or --tokenizer=bytes') from e
+            ranks = {token.decode('latin-1'): i for token, i in gpt2._mergeable_ranks.items()}
+            return cls(name, ranks, {END: gpt2.eot_token}, gpt2._pat_str)
+        ranks = learn_bpe(texts, vocab_size - 1 if name == 'bpe' else 256)
+        return cls(name, ranks, {END: len(ranks)})
+
+def learn_bpe(texts, size):
+    """Byte-pair encoding (1508.07909): over and over, the most frequent pair of tokens becomes a token.
+
+    Counts unique words and touches only those that hold the pair. Returns {token as latin-1: rank}, at most size.
+    """
+    words = Counter(w for text in texts for w in re.findall(r' ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+', ' ' + text))
+    parts, counts = [list(w.encode().decode('latin-1')) for w in words], list(words.values())
+    pairs, where, ranks = Counter(), defaultdict(set), {chr(b): b for b in range(256)}
+
+    def tally(i, sign):
+        for pair in zip(parts[i], parts[i][1:]):
+            pairs[pair] += sign * counts[i]
+            where[pair].add(i)
+
+    for i in range(len(parts)):
+        tally(i, 1)
+    while len(ranks) < size and pairs and pairs[best := max(pairs, key=pairs.get)] > 1:
+        ranks.setdefault(''.join(best), len(ranks))
+        for i in where.pop(best):
+            tally(i, -1)
+            merged = []
+            for token in parts[i]:
+                if merged and (merged[-1], token) == best:
+                    token = merged.pop() + token
+                merged.append(token)
+            parts[i] = merged
+            tally(i, 1)
+        del pairs[best]
+    return ranks
+
+def open_image(path, size=0, most=80_000_000):
+    """A picture file as an upright RGB image; whatever is wrong with the file becomes a UserError that names it.
+
+    size: pixels a side that will do, so that a larger JPEG is decoded at 1/2, 1/4 or 1/8 (Pillow's draft mode);
+    most: pixels in all, more are refused before they are decoded.
+    """
+    try:
+        with Image.open(path) as image:
+            if size:
+                image.draft('RGB', (size, size))
+            if image.width * image.height > most:
+                raise ValueError(f'{image.width} x {image.height} pixels are more than {most:,}')
+            return to_rgb(image)
+    except Exception as e:               # Pillow raises some twenty kinds of exception on broken files
+        why = 'no such file' if isinstance(e, FileNotFoundError) else f'{type(e).__name__}: {str(e)[:120]}'
+        raise UserError(f'{path}: not a picture that can be read ({why})') from e
+
+def to_rgb(image):
+    """Any Pillow image as upright 8-bit RGB: EXIF rotation, 16-bit grey scaled, alpha over white, first frame."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in 'IF':            # 16 or 32 bits a pixel
+        high = image.getextrema()[1]
+        white = 65535 if image.mode != 'F' and 255 < high < 65536 else max(high, 255)
+        image = image.convert('F').point(lambda v: v * (255 / white) + 0).convert('L')
+    if image.has_transparency_data:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    return image.convert('RGB')
+
+def image_transform(cfg, augment=False):
+    """A function from any Pillow image to pixels (3,image_size,image_size), as bytes: a quarter of floats.
+
+    augment: random crops and colours, for training. Nothing is mirrored, since texts tell left from right.
+    """
+    size = (cfg.image_size, cfg.image_size)
+    if augment:
+        fit = v2.Compose([v2.RandomResizedCrop(size, scale=(0.5, 1.0)), v2.ColorJitter(0.3, 0.3, 0.3, 0.03)])
+    elif cfg.image_resize == 'crop':
+        def fit(image): return ImageOps.fit(image, size, Image.Resampling.BILINEAR)
+    else:
+        def fit(image): return image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+    return lambda image: v2.functional.pil_to_tensor(fit(to_rgb(image)))
+
+def encode_prompt(tokenizer, cfg, prompt):
+    """A prompt, put as the model wants it, as ids; an empty one asks for a caption."""
+    prompt = prompt.strip() or cfg.caption_prompt
+    return tokenizer.encode(cfg.prompt_template.replace('{}', prompt)) if prompt else []
+
+class Examples(torch.utils.data.Dataset):
+    """Items (PIL image, prompt, answer) as tensors: pixels (3,H,W), ids (T,), targets (T,), -100 on the prompt.
+
+    Indexed by (position in the run, index): augmentation is drawn from (seed, position), in whichever process.
+    """
+    def __init__(self, items, cfg, tokenizer, augment=False, seed=0):
+        self.items, self.cfg, self.tokenizer, self.augment, self.seed = items, cfg, tokenizer, augment, seed
+        self.transform, self.room = image_transform(cfg, augment), cfg.block_size - cfg.n_visual
+
+    def __getitem__(self, key):
+        position, index = key
+        image, prompt, answer = self.items[index]
+        with torch.random.fork_rng(devices=[], enabled=self.augment):
+            if self.augment:
+                torch.manual_seed(self.seed * 1_000_003 + position)
+            pixels = self.transform(image)
+        prompt = encode_prompt(self.tokenizer, self.cfg, prompt)[:self.room // 2]
+        answer = (self.tokenizer.encode(' ' + answer.strip()) + [self.tokenizer.eos])[:self.room - len(prompt)]
+        return pixels, torch.tensor(prompt + answer), torch.tensor([-100] * len(prompt) + answer)
+
+def collate(batch):
+    """Examples -> images (B,3,H,W), input_ids (B,T), targets (B,T): padded on the right, where causality hides it."""
+    images, ids, targets = zip(*batch)
+    return torch.stack(images), pad_sequence(ids, True), pad_sequence(targets, True, -100)
+
+# 10. Data ---------------------------------------------------------------------------------------------------
+
+COLORS = {'red': (225, 40, 40), 'green': (40, 170, 70), 'blue': (40, 80, 225), 'yellow': (240, 215, 40),
+          'orange': (245, 135, 25), 'purple': (145, 55, 190), 'cyan': (60, 205, 225), 'black': (35, 35, 35)}
+SHAPES = {  # corners: degrees clockwise from the top, and distance from the centre in radii
+    'circle': [(turn, 1) for turn in range(0, 360, 10)], 'square': [(turn, 1.15) for turn in (45, 135, 225, 315)],
+    'triangle': [(turn, 1) for turn in (0, 120, 240)], 'diamond': [(0, 1.1), (90, 0.7), (180, 1.1), (270, 0.7)],
+    'star': [(36 * i, (1.05, 0.42)[i % 2]) for i in range(10)],
+    'cross': [(90 * i + turn, far) for i in range(4) for turn, far in ((-17, 1.05), (17, 1.05), (45, 0.42))]}
+SIZES = {'small': (0.10, 0.115), 'large': (0.155, 0.18)}         # radii, in picture widths
+PLACES = ('at the top left', 'at the top', 'at the top right', 'on the left', 'in the center', 'on the right',
+          'at the bottom left', 'at the bottom', 'at the bottom right')
+UNSEEN = {f'{color} {list(SHAPES)[i % 6]}' for i, color in enumerate(COLORS)}   # kept from training
+QUESTIONS = ('count', 'color', 'shape', 'exists', 'side', 'choice')
+
+class Shapes(torch.utils.data.Dataset):
+    """Drawn scenes of one to three things, captions and questions, each made from (seed, split, index) alone.
+
+    Items are (PIL image, prompt, answer). Splits 'train' and 'val' have no UNSEEN pair in pictures or words; every
+    thing in split 'novel' is one. kind: 'mixed', 'caption', 'question' or one of QUESTIONS.
+    """
+    def __init__(self, split, seed=0, kind='mixed', pixels=128):
+        self.split, self.seed, self.kind, self.pixels = split, seed, kind, pixels
+        self.names = [name for color in COLORS for shape in SHAPES
+                      if ((name := f'{color} {shape}') in UNSEEN) == (split == 'novel')]
+
+    texts = property(lambda self: (' '.join(self[i][1:]) for i in range(3000)))
+
+    def __len__(self):
+        return 1_000_000
+
+    def __getitem__(self, index):
+        rng, text = random.Random(f'{self.seed} {self.split} {index}'), None
+        kind = self.kind if self.kind != 'mixed' else 'question' if index % 4 else 'caption'
+        kind = QUESTIONS[index // 4 % len(QUESTIONS)] if kind == 'question' else kind
+        while text is None:              # until the scene suits the question
+            scene = self.scene(rng)
+            text = self.ask(kind, scene, rng)
+        return (self.draw(scene, rng), *text)
+
+    def scene(self, rng):
+        """One to three things that do not touch, in reading order; x, y and r in picture widths."""
+        while True:
+            things = []
+            for place in sorted(rng.sample(range(9), rng.randint(1, 3))):
+                x, y = (0.21 + 0.29 * cell + rng.uniform(-0.04, 0.04) for cell in (place % 3, place // 3))
+                name, size = rng.choice(self.names), rng.choice(('small', 'large'))
+                color, shape = name.split()
+                things.append(SimpleNamespace(name=name, color=color, shape=shape, size=size, place=place,
+                                              x=x, y=y, r=rng.uniform(*SIZES[size])))
+            if all(t is u or math.hypot(t.x - u.x, t.y - u.y) > t.r + u.r + 0.01 for t in things for u in things):
+                return things
+
+    def draw(self, scene, rng):
+        image = Image.new('RGB', (self.pixels, self.pixels), tuple(rng.randint(225, 255) for _ in range(3)))
+        for t in scene:
+            shade = tuple(min(255, max(0, v + rng.randint(-18, 18))) for v in COLORS[t.color])
+            corners = [(self.pixels * (t.x + t.r * far * math.sin(math.radians(turn))),
+                        self.pixels * (t.y - t.r * far * math.cos(math.radians(turn))))
+                       for turn, far in SHAPES[t.shape]]
+            ImageDraw.Draw(image).polygon(corners, shade)
+        return image
+
+    def ask(self, kind, scene, rng):
+        """(prompt, answer) of that kind, or None if the scene does not suit it."""
+        t, u, names = rng.choice(scene), rng.choice(scene), [t.name for t in scene]
+        absent = [name for name in self.names if name not in names]
+        if kind == 'caption':
+            *first, last = [f'a {t.size} {t.name} {PLACES[t.place]}' for t in scene]
+            return '', f'{", ".join(first)} and {last}' if first else last
+        if kind == 'count':
+            word = rng.choice(('', t.color, t.shape, rng.choice(list(COLORS)), rng.choice(list(SHAPES))))
+            what = f'{word}es' if word == 'cross' else f'{word}s' if word in SHAPES else f'{word} objects'.strip()
+            n = sum(word in ('', t.color, t.shape) for t in scene)
+            return f'how many {what} are there?', ('zero', 'one', 'two', 'three')[n]
+        if kind == 'color' and sum(t.shape in name for name in names) == 1:
+            return f'what color is the {t.shape}?', t.color
+        if kind == 'shape' and sum(t.color in name for name in names) == 1:
+            return f'what shape is the {t.color} object?', t.shape
+        if kind == 'exists':             # what is absent is near to what is there
+            near = [name for name in absent if t.color in name or t.shape in name]
+            name, yes = rng.choice([(t.name, 'yes'), (rng.choice(near), 'no')])
+            return f'is there {"an" if name[0] == "o" else "a"} {name}?', yes
+        if kind == 'side' and t.place % 3 != u.place % 3 and names.count(t.name) == names.count(u.name) == 1:
+            side = 'left' if t.place % 3 < u.place % 3 else 'right'
+            return f'is the {t.name} left or right of the {u.name}?', side
+        if kind == 'choice':
+            options = rng.sample([t.name, *rng.sample(absent, 2)], 3)
+            return 'which is in the picture: {}, {} or {}?'.format(*options), t.name
+
+def read_captions(path):
+    """Yields (image name, prompt, answer) of a caption file: .csv, .txt, .jsonl, COCO's .json or LLaVA's .json."""
+    with open(path, encoding='utf-8-sig', newline='') as f:
+        if path.endswith('.jsonl'):
+            rows = [json.loads(line) for line in f if line.strip()]
+        elif not path.endswith('.json'):
+            rows = list(csv.DictReader(f))
+        elif isinstance(data := json.load(f), dict):
+            files = {image['id']: image['file_name'] for image in data['images']}
+            rows = [{'image': files.get(a['image_id'], f'image {a["image_id"]}'), **a} for a in data['annotations']]
+        else:                            # LLaVA: each question with its answer is an item
+            rows = [{'image': talk.get('image'), 'prompt': q['value'].replace('<image>', ''), 'answer': a['value']}
+                    for talk in data for q, a in zip(talk['conversations'][::2], talk['conversations'][1::2])]
+    for n, row in enumerate(rows, 1):
+        image, prompt, answer = row.get('image'), row.get('prompt') or '', row.get('caption') or row.get('answer')
+        if not image or not answer or ('caption' not in row and not prompt):
+            raise UserError(f'{path}, row {n}: wanted image and caption, or image, prompt and answer; '
+                            f'found {", ".join(str(k) for k in row if k)}')
+        yield str(image), str(prompt).strip(), str(answer).strip()
+
+class CaptionedImages(torch.utils.data.Dataset):
+    """Items (PIL image, prompt, answer) from rows (image name, prompt, answer) and the folder of the images.
+
+    Rows lie in one block of bytes, which worker processes share without copies. An image that cannot be read is
+    named once, counted in bad, and its row replaced by the next.
+    """
+    def __init__(self, rows, folder, source, size=0):
+        self.folder, self.source, self.size = folder, source, size
+        self.names = sorted({image for image, _, _ in rows})
+        number = {name: i for i, name in enumerate(self.names)}
+        rows = [json.dumps([number[image], prompt, answer]).encode() for image, prompt, answer in rows]
+        self.ends, self.block = torch.tensor([0, *map(len, rows)]).cumsum(0), b''.join(rows)
+        self.bad = torch.zeros(len(self.names), dtype=torch.uint8).share_memory_()
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def row(self, index):
+        return json.loads(self.block[self.ends[index]:self.ends[index + 1]])
+
+    texts = property(lambda self: (' '.join(self.row(i)[1:]) for i in range(len(self))))
+
+    def __getitem__(self, index):
+        for i in range(index, index + len(self)):
+            number, prompt, answer = self.row(i % len(self))
+            if not self.bad[number]:
+                try:
+                    return open_image(os.path.join(self.folder, self.names[number]), self.size), prompt, answer
+                except UserError as e:
+                    self.bad[number] = 1
+                    print(f'skipped: {e}', file=sys.stderr)
+        raise UserError(f'{self.source}: not one of its {len(self.names)} images can be read')
+
+def make_dataset(spec, split='train', image_dir='', val_spec='', size=0, seed=0):
+    """'shapes', a caption file, or a folder of class-named folders -> a data set of (PIL image, prompt, answer).
+
+    split: 'train' or 'val', for shapes also 'novel'. Without val_spec a fixed 5 % of the images, with all rows of
+    each, are held out. image_dir: where the images are, if not beside the file or in images/ there.
+    """
+    if spec == 'shapes':
+        return Shapes(split, seed)
+    path = val_spec if split == 'val' and val_spec else spec
+    if os.path.isdir(path):
+        files = sorted(os.path.join(d, name) for d, _, names in os.walk(path) for name in names)
+        rows = [(os.path.relpath(f, path), 'what is this?', os.path.basename(os.path.dirname(f)).replace('_', ' '))
+                for f in files if f.lower().endswith(tuple(Image.registered_extensions()))]
+    elif os.path.isfile(path):
+        try:
+            rows = list(read_captions(path))
+        except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, KeyError, TypeError, AttributeError) as e:
+            raise UserError(f'{path} is not a caption file as the README describes: {type(e).__name__} {e}') from e
+    else:
+        raise UserError(f'dataset {path} is neither "shapes" nor a file nor a folder that exists')
+    # which images are there, and where
+    beside = path if os.path.isdir(path) else os.path.dirname(path)
+    names = sorted({row[0] for row in rows})
+    folder = next((d for d in ([image_dir] if image_dir else [beside, f'{beside}/images', f'{beside}/Images'])
+                   if any(os.path.isfile(os.path.join(d, name)) for name in names)), None)
+    if folder is None:
+        raise UserError(f'{path} names {len(names)} images, and none is in {image_dir or beside or "."}; '
+                        '--image_dir says where they are')
+    missing = {name for name in names if not os.path.isfile(os.path.join(folder, name))}
+    if missing:
+        print(f'{"WARNING: " if len(missing) > len(names) / 100 else ""}{path}: {len(missing)} of {len(names)} images '
+              f'are missing and skipped: {", ".join(sorted(missing)[:3])} ...', file=sys.stderr)
+    if not val_spec and len(names) > 1:
+        held_out = set(random.Random(1337).sample(names, max(1, len(names) // 20)))
+        rows = [row for row in rows if (row[0] in held_out) == (split == 'val')]
+    return CaptionedImages([row for row in rows if row[0] not in missing], folder, path, size)
+
+# 11. Command line -------------------------------------------------------------------------------------------
+
+def read_setting(old, comment, text):
+    """A setting's new value from text, of the old one's type and as its comment allows; else an ArgumentTypeError."""
+    def refuse(what):
+        raise argparse.ArgumentTypeError(f'{text!r} is not {what} ({comment})')
+    kind, flags = type(old), {'true': True, '1': True, 'yes': True, 'false': False, '0': False, 'no': False}
+    try:
+        value = flags[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        refuse({int: 'a whole number', float: 'a number', bool: 'true or false'}[kind])
+    words = re.findall("'(.*?)'", comment)
+    if words and value not in words and not comment.endswith('...'):
+        refuse('one of ' + ', '.join(words))
+    for sign, limit in re.findall(r'([<>]=?) (-?[\d.]+)', comment.split(';')[0]):
+        if not (math.isfinite(value) and COMPARE[sign](value, float(limit))):
+            refuse('in range')
+    return value
+
+COMPARE = {'>': operator.gt, '>=': operator.ge, '<': operator.lt, '<=': operator.le}
+
+def override(settings, argv=None):
+    """Lets `--name=value`, `--name value` and a bare `--flag` change a runner's globals: nanoGPT's way, but checked.
+
+    The comment after a setting is its specification: it begins with the words allowed, in quotes (open-ended if it
+    ends in ...), or with a range, "> 0 and <= 1;". --help prints it. A mistake is one line, and exit code 2.
+    """
+    with open(settings['__file__'], encoding='utf-8') as f:
+        comments = dict(re.findall(r'^(\w+) = .*?  +# (.*)$', f.read(), re.M))
+    parser = argparse.ArgumentParser(description=settings['__doc__'], allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f'{parser.prog}: {message}\n')
+    for name, comment in comments.items():
+        old = settings[name]
+        bare = dict(nargs='?', const=True) if isinstance(old, bool) else {}
+        parser.add_argument(f'--{name}', type=partial(read_setting, old, comment), default=old, metavar=repr(old),
+                            help=comment.replace('%', '%%'), **bare)
+    found, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split('=')[0], [f'--{name}' for name in comments], 1)
+        parser.error(f'there is no setting {unknown[0]}' + (f', did you mean {near[0]}?' if near else '; see --help'))
+    settings.update(vars(found))
+    sys.excepthook = lambda kind, e, trace: (print(f'{parser.prog}: {e}', file=sys.stderr)
+                                             if issubclass(kind, UserError) else sys.__excepthook__(kind, e, trace))
