@@ -28,12 +28,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 
-import tiktoken
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-import torchvision
+import tiktoken, torch, torchvision
 from PIL import Image, ImageDraw, ImageOps
+from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recompute
 from torchvision.transforms import v2
@@ -59,12 +57,9 @@ class TransformerConfig:
     bias: bool = True                # in linear layers and layer norms
     dropout: float = 0.0             # on what each attention and each MLP adds
 
-    kv_heads = property(lambda self: self.n_kv_head or self.n_head)
-    hidden = property(lambda self: self.n_hidden or 4 * self.n_embd)
-
     def __post_init__(self):
-        if self.n_embd % self.n_head or self.n_head % self.kv_heads:
-            raise UserError(f'not multiples: n_embd={self.n_embd}, n_head={self.n_head}, n_kv_head={self.kv_heads}')
+        if self.n_embd % self.n_head or self.n_head % (self.n_kv_head or self.n_head):
+            raise UserError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}, that of n_kv_head')
 
 @dataclass(frozen=True)
 class VLMConfig:
@@ -98,9 +93,6 @@ class VLMConfig:
                         else (self.grid // self.factor) ** 2)
 
     def __post_init__(self):
-        for name in ('vision', 'text'):  # from a checkpoint they come as dictionaries
-            if isinstance(stack := getattr(self, name), dict):
-                object.__setattr__(self, name, TransformerConfig(**stack))
         if self.image_size % (self.patch_size * self.factor):
             raise UserError(f'image_size={self.image_size} must be a multiple of {self.patch_size * self.factor}')
         if self.block_size <= self.n_visual:
@@ -117,18 +109,13 @@ GPT2 = TransformerConfig(12, 12, 768, norm_eps=1e-5, activation='gelu_tanh')
 SMOLLM2 = TransformerConfig(30, 9, 576, n_kv_head=3, n_hidden=1536, norm='rms', norm_eps=1e-5, bias=False,
                             activation='swiglu', position='rope', rope_base=100000.0)
 PRESETS = {
-    # 1.4M parameters: learns the drawn shapes from nothing on a laptop
-    'tiny': from_scratch(128, 1, 4, image_size=64, vocab_size=512, block_size=80),
-    # 20M: photos from nothing on one GPU
-    'small': from_scratch(384, 4, 6, dropout=0.1, image_size=128, vocab_size=4096, block_size=192),
-    # 213M, the textbook model: ViT-B/16, a two-layer projection, GPT-2
-    'base': VLMConfig(TransformerConfig(), GPT2, class_token=True, image_resize='crop',
+    'tiny': from_scratch(128, 1, 4, image_size=64, vocab_size=512, block_size=80),         # 1.4M: drawn shapes, a laptop
+    'small': from_scratch(384, 4, 6, dropout=0.1, image_size=128, vocab_size=4096, block_size=192),  # 20M: photos, a GPU
+    'base': VLMConfig(TransformerConfig(), GPT2, class_token=True, image_resize='crop',    # 213M: ViT-B/16 and GPT-2
                       image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225)),
-    # 222M: SigLIP-B/16, pixel shuffle, SmolLM2-135M
-    'nanovlm': VLMConfig(SIGLIP, SMOLLM2, projection='pixel_shuffle', projection_bias=False, vocab_size=49152,
+    'nanovlm': VLMConfig(SIGLIP, SMOLLM2, projection='pixel_shuffle', projection_bias=False, vocab_size=49152,  # 222M
                          image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0), tokenizer='tokenizer.json',
-                         prompt_template='Question: {} Answer:', caption_prompt='What is in this image?'),
-}
+                         prompt_template='Question: {} Answer:', caption_prompt='What is in this image?')}
 
 # 2. Building blocks -----------------------------------------------------------------------------------------
 
@@ -149,24 +136,9 @@ def rotate(x, rope):
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
-class KVCache:
-    """Keys and values that one Attention has computed so far, in memory taken once, at the first append."""
-    def __init__(self, max_length):
-        self.max_length, self.length, self.kv = max_length, 0, None
-
-    def append(self, k, v):
-        """k, v (B,K,new,D) -> all so far, (2,B,K,length,D)."""
-        B, K, new, D = k.shape
-        self.kv = k.new_empty(2, B, K, self.max_length, D) if self.kv is None else self.kv
-        start, self.length = self.length, self.length + new
-        self.kv[0, :, :, start:self.length], self.kv[1, :, :, start:self.length] = k, v
-        return self.kv[:, :, :, :self.length]
-
 def attend(q, k, v, mask=None):
     """softmax(QK^T / sqrt(D)) V, spelled out: F.scaled_dot_product_attention, with the map that it hides.
-
-    q (B,H,T,D), k and v (B,H,S,D), mask True where a query may look -> y (B,H,T,D), att (B,H,T,S).
-    """
+    q (B,H,T,D), k and v (B,H,S,D), mask True where a query may look -> y (B,H,T,D), att (B,H,T,S)."""
     att = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))        # (B,H,T,D) x (B,H,D,S) -> (B,H,T,S)
     if mask is not None:
         att = att.masked_fill(~mask, float('-inf'))
@@ -177,7 +149,7 @@ class Attention(nn.Module):
     """Multi-head attention: self or cross, causal or not, with grouped key/value heads, RoPE, a KV cache."""
     def __init__(self, cfg, causal=False):
         super().__init__()
-        self.n_head, self.n_kv_head, self.causal = cfg.n_head, cfg.kv_heads, causal
+        self.n_head, self.n_kv_head, self.causal = cfg.n_head, cfg.n_kv_head or cfg.n_head, causal
         self.head_dim = cfg.n_embd // cfg.n_head
         self.q = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
         self.kv = nn.Linear(cfg.n_embd, 2 * self.n_kv_head * self.head_dim, bias=cfg.bias)
@@ -185,7 +157,8 @@ class Attention(nn.Module):
         self.maps = None                 # a list here collects the attention map of each call
 
     def forward(self, x, context=None, mask=None, rope=None, cache=None):
-        """x (B,T,C) asks, context (B,S,C) or x itself answers; mask: see attend. Returns (B,T,C)."""
+        """x (B,T,C) asks, context (B,S,C) or x itself answers; mask: see attend. Returns (B,T,C).
+        cache: keys and values (2,B,K,length,D) and how many are known; those of x are added, and all are looked at."""
         B, T, C = x.shape
         context, D, groups = x if context is None else context, self.head_dim, self.n_head // self.n_kv_head
         q = self.q(x).view(B, T, self.n_head, D).transpose(1, 2)                                    # (B,H,T,D)
@@ -193,7 +166,9 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
-            k, v = cache.append(k, v)
+            kv, start = cache
+            kv[0, :, :, start:start + T], kv[1, :, :, start:start + T] = k, v
+            k, v = kv[:, :, :, :start + T]
         # is_causal lines up the first query with the first key: right for a whole sequence only. A single query
         # on a cache needs no mask, for all that the cache holds is past
         causal = self.causal and mask is None and T > 1
@@ -212,9 +187,9 @@ class MLP(nn.Module):
     """Two linear maps with a bend between; in SwiGLU one half of the first, bent, gates the other."""
     def __init__(self, cfg):
         super().__init__()
-        self.activation = cfg.activation
-        self.up = nn.Linear(cfg.n_embd, cfg.hidden * (1 + (cfg.activation == 'swiglu')), bias=cfg.bias)
-        self.down = nn.Linear(cfg.hidden, cfg.n_embd, bias=cfg.bias)
+        self.activation, hidden = cfg.activation, cfg.n_hidden or 4 * cfg.n_embd
+        self.up = nn.Linear(cfg.n_embd, hidden * (2 if cfg.activation == 'swiglu' else 1), bias=cfg.bias)
+        self.down = nn.Linear(hidden, cfg.n_embd, bias=cfg.bias)
 
     def forward(self, x):
         x = self.up(x)
@@ -243,22 +218,20 @@ class Transformer(nn.Module):
         self.norm, self.drop = make_norm(cfg), nn.Dropout(cfg.dropout)
         self.grad_checkpointing = False  # in training keep only what enters each block, and compute the rest again
 
-    def run(self, x, caches=None, **look):
+    def run(self, x, cache=None, **look):
         x = self.drop(x)
         for i, block in enumerate(self.blocks):
             if self.grad_checkpointing and self.training:
                 x = recompute(block, x, use_reentrant=False, **look)
             else:
-                x = block(x, cache=caches[i] if caches else None, **look)
+                x = block(x, cache=cache and (cache[0][i], cache[1]), **look)
         return self.norm(x)
 
 # 3. The eye -------------------------------------------------------------------------------------------------
 
 def conv_stem(width, patch_size):
     """Convolutions from pixels (B,3,h,w) to features (B,width,h/patch_size,w/patch_size).
-
-    Max-pooling keeps the strongest edge where strides and averages blur it: small shapes are learned sooner.
-    """
+    Max-pooling keeps the strongest edge where strides and averages blur it: small shapes are learned sooner."""
     if patch_size not in (4, 8, 16, 32):
         raise UserError(f'a convolutional stem halves: patch_size={patch_size} must be 4, 8, 16 or 32')
     halvings = int(math.log2(patch_size))
@@ -340,11 +313,11 @@ class LanguageDecoder(Transformer):
             table = rope_table(cfg.block_size, C // cfg.text.n_head, cfg.text.rope_base)
             self.register_buffer('rope', table, persistent=False)
 
-    def forward(self, x, positions, mask=None, caches=None):
+    def forward(self, x, positions, mask=None, cache=None):
         """x (B,S,C), positions (S,) or (B,S) -> hidden states (B,S,C), ready for the head."""
         if self.learned:
-            return self.run(x + self.position[positions], caches, mask=mask)
-        return self.run(x, caches, mask=mask, rope=self.rope[:, positions].unsqueeze(-3))      # (2,1 or B,1,S,D/2)
+            return self.run(x + self.position[positions], cache, mask=mask)
+        return self.run(x, cache, mask=mask, rope=self.rope[:, positions].unsqueeze(-3))     # (2,1 or B,1,S,D/2)
 
 # 6. The whole model -----------------------------------------------------------------------------------------
 
@@ -359,9 +332,7 @@ class MinimalVLM(nn.Module):
 
     def init_weights(self):
         """GPT-2's: normal with deviation 0.02, less for what writes to the residual stream, the deeper the stack.
-
-        Convolutions and norms keep PyTorch's own. Positions that meet a normalised input are on its scale.
-        """
+        Convolutions and norms keep PyTorch's own. Positions that meet a normalised input are on its scale."""
         depth = {'vision': self.cfg.vision.n_layer, 'projection': 2, 'decoder': self.cfg.text.n_layer}
         for name, p in self.named_parameters():
             if name.endswith(('attn.out.weight', 'mlp.down.weight')):
@@ -399,12 +370,10 @@ class MinimalVLM(nn.Module):
 
     def forward(self, images, input_ids, targets=None, return_logits=True):
         """One pass over images and texts that are known, to train or to score.
-
         images: see see(), None for the bare language model; input_ids (B,T) or (T,); targets: input_ids where the
         model is to be scored, -100 elsewhere. Returns logits (B,T,V), row t about what follows text token t, and
-        the loss in nats a scored token (None without targets). return_logits=False never builds the logits.
-        """
-        h, N = self.hidden(images, batched(input_ids))
+        the loss in nats a scored token (None without targets). return_logits=False never builds the logits."""
+        h, N = self.hidden(images, torch.atleast_2d(input_ids))
         loss = None
         if targets is not None:
             # the one shift: state s predicts token s + 1, so the last visual state predicts the first of the text.
@@ -418,16 +387,15 @@ class MinimalVLM(nn.Module):
     def stream(self, images, prompt_ids, max_new_tokens=50, temperature=1.0, top_p=1.0, top_k=0, stop=None,
                use_cache=True, num_samples=1):
         """Generates: yields the next token of each row, (B * num_samples, 1), as soon as it is known.
-
         images: see see(), or None; prompt_ids (B,T), (T,), or a list of B prompts (T_i,) of any lengths. A row
         that has met its stop id repeats it until all have. Images and prompts are read once for all samples.
-        use_cache=False computes everything again at each token: slow, and the same.
-        """
+        use_cache=False computes everything again at each token: slow, and the same."""
         was_training = self.training
         self.eval()
         try:
             # 1. prompts behind their images, the shorter ones padded on the far left
-            rows = [self.read(ids) for ids in batched(prompt_ids)]
+            prompts = prompt_ids if isinstance(prompt_ids, list) else torch.atleast_2d(prompt_ids)
+            rows = [self.read(ids) for ids in prompts]
             if images is not None:
                 rows = [torch.cat([v, row]) for v, row in zip(self.see(images).expand(len(rows), -1, -1), rows)]
             x, shortest = pad_sequence(rows, batch_first=True, padding_side='left'), min(map(len, rows))
@@ -436,19 +404,20 @@ class MinimalVLM(nn.Module):
                                 f'and fewer than block_size={self.cfg.block_size}')
             padding = torch.tensor([[x.size(1) - len(row)] for row in rows], device=x.device)       # (B,1)
             S, end = x.size(1), min(x.size(1) + max_new_tokens, self.cfg.block_size)
-            caches, steps = [KVCache(end) for _ in self.decoder.blocks] if use_cache else [], torch.arange(end)
-            steps = steps.to(x.device)
+            attn, steps, kv = self.decoder.blocks[0].attn, torch.arange(end, device=x.device), None
+            if use_cache:                # the memory of all layers, taken once: (layer,2,B,K,end,D)
+                kv = x.new_zeros(len(self.decoder.blocks), 2, len(x), attn.n_kv_head, end, attn.head_dim)
 
             def look(x, S):              # x is the last of S tokens; padding has no position and is not seen
                 query, key = steps[S - x.size(1):S], steps[:S]
                 mask = (key <= query[:, None]) & (key >= padding[:, :, None]) | (key == query[:, None])     # (B,T,S)
-                return self.decoder(x, (query - padding).clamp(min=0), mask[:, None], caches)
+                cache = None if kv is None else (kv, S - x.size(1))
+                return self.decoder(x, (query - padding).clamp(min=0), mask[:, None], cache)
 
             # 2. read them, remember keys and values, and share these among the samples
             h = look(x, S)
             x, h, padding = (t.repeat_interleave(num_samples, 0) for t in (x, h, padding))
-            for cache in caches:
-                cache.kv = cache.kv.repeat_interleave(num_samples, 1)
+            kv = None if kv is None else kv.repeat_interleave(num_samples, 2)
             # 3. say a token, read it, and again
             done = torch.zeros(len(h), 1, dtype=torch.bool, device=x.device)
             for S in range(S + 1, end + 1):
@@ -466,16 +435,15 @@ class MinimalVLM(nn.Module):
 
     def generate(self, images, prompt_ids, stop=None, num_samples=1, **options):
         """stream(), collected: (B * num_samples, T+new) ids, or for a list of prompts a list of (T_i+new_i,).
-
-        In the list each row ends with its own stop id, and equals what its prompt gives alone.
-        """
+        In the list each row ends with its own stop id, and equals what its prompt gives alone."""
         new = list(self.stream(images, prompt_ids, stop=stop, num_samples=num_samples, **options))
-        prompts = [ids for ids in batched(prompt_ids) for _ in range(num_samples)]
+        prompts = prompt_ids if isinstance(prompt_ids, list) else torch.atleast_2d(prompt_ids)
+        prompts = [ids for ids in prompts for _ in range(num_samples)]
         rows = torch.cat(new, dim=1) if new else prompts[0].new_empty(len(prompts), 0)
         if isinstance(prompt_ids, torch.Tensor):
             return torch.cat([torch.stack(prompts), rows], dim=1)
-        ends = [(row == stop).nonzero()[:1].flatten().tolist() if stop is not None else [] for row in rows]
-        return [torch.cat([ids, row[:end[0] + 1] if end else row]) for ids, row, end in zip(prompts, rows, ends)]
+        return [torch.cat([ids, row[:end + 1]]) for ids, row in zip(prompts, rows)
+                for end in [next((i for i, token in enumerate(row.tolist()) if token == stop), len(row))]]
 
     @torch.no_grad()
     def score(self, image, prompt_ids, choices):
@@ -490,17 +458,12 @@ class MinimalVLM(nn.Module):
         self.train(was_training)
         return torch.stack([row[:len(choice)].sum() for row, choice in zip(logp, choices)])
 
-def batched(ids):
-    return ids[None] if isinstance(ids, torch.Tensor) and ids.dim() == 1 else ids
-
 # 7. Sampling ------------------------------------------------------------------------------------------------
 
 def sample_top_p(logits, p=0.9, temperature=1.0, top_k=0):
     """Draws from the smallest set of tokens whose probability reaches p, the one that crosses p included.
-
     logits (B,V) or (V,) -> ids (B,1) or (1,), each row on its own. The temperature comes first, and 0 takes the
-    likeliest token; top_k > 0 keeps at most so many; p = 1 keeps all. Holtzman et al. 2019, 1904.09751.
-    """
+    likeliest token; top_k > 0 keeps at most so many; p = 1 keeps all. Holtzman et al. 2019, 1904.09751."""
     if temperature < 0 or top_k < 0 or not 0 < p <= 1:
         raise UserError(f'temperature={temperature} and top_k={top_k} must be >= 0, top_p={p} > 0 and <= 1')
     if temperature == 0:
@@ -515,9 +478,7 @@ def sample_top_p(logits, p=0.9, temperature=1.0, top_k=0):
 
 def save_checkpoint(path, model, tokenizer, **more):
     """Writes model, config, tokenizer and more to one file, whole or not at all.
-
-    It is written beside the old file and then takes its place: a kill or a full disk leaves the old one.
-    """
+    It is written beside the old file and then takes its place: a kill or a full disk leaves the old one."""
     part = f'{path}.part'
     try:
         with open(part, 'wb') as f:
@@ -526,8 +487,6 @@ def save_checkpoint(path, model, tokenizer, **more):
             os.fsync(f.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as e:
-        if os.path.exists(part):
-            os.remove(part)
         raise UserError(f'could not write {path} ({e}); what was there before is untouched') from e
 
 def load_checkpoint(path, device='cpu'):
@@ -537,7 +496,8 @@ def load_checkpoint(path, device='cpu'):
                         f'`python train.py --out_dir={os.path.dirname(path) or "."}` makes one')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        model = MinimalVLM(VLMConfig(**checkpoint['config']))
+        stacks = {name: TransformerConfig(**checkpoint['config'].pop(name)) for name in ('vision', 'text')}
+        model = MinimalVLM(VLMConfig(**stacks, **checkpoint['config']))
         model.load_state_dict(checkpoint.pop('model'))
         checkpoint['tokenizer'] = Tokenizer(**checkpoint['tokenizer'])
     except Exception as e:               # a damaged or hostile file can fail in any way there is
@@ -591,9 +551,7 @@ class Tokenizer:
 
 def learn_bpe(texts, size):
     """Byte-pair encoding (1508.07909): over and over, the most frequent pair of tokens becomes a token.
-
-    Counts unique words and touches only those that hold the pair. Returns {token as latin-1: rank}, at most size.
-    """
+    Counts unique words and touches only those that hold the pair. Returns {token as latin-1: rank}, at most size."""
     words = Counter(w for text in texts for w in re.findall(r' ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+', ' ' + text))
     parts, counts = [list(w.encode().decode('latin-1')) for w in words], list(words.values())
     pairs, where, ranks = Counter(), defaultdict(set), {chr(b): b for b in range(256)}
@@ -621,14 +579,11 @@ def learn_bpe(texts, size):
 
 def open_image(path, size=0, most=80_000_000):
     """A picture file as an upright RGB image; whatever is wrong with the file becomes a UserError that names it.
-
     size: pixels a side that will do, so that a larger JPEG is decoded at 1/2, 1/4 or 1/8 (Pillow's draft mode);
-    most: pixels in all, more are refused before they are decoded.
-    """
+    most: pixels in all, more are refused before they are decoded."""
     try:
         with Image.open(path) as image:
-            if size:
-                image.draft('RGB', (size, size))
+            image.draft('RGB', (size, size) if size else image.size)
             if image.width * image.height > most:
                 raise ValueError(f'{image.width} x {image.height} pixels are more than {most:,}')
             return to_rgb(image)
@@ -650,16 +605,13 @@ def to_rgb(image):
 
 def image_transform(cfg, augment=False):
     """A function from any Pillow image to pixels (3,image_size,image_size), as bytes: a quarter of floats.
-
-    augment: random crops and colours, for training. Nothing is mirrored, since texts tell left from right.
-    """
-    size = (cfg.image_size, cfg.image_size)
+    augment: random crops and colours, for training. Nothing is mirrored, since texts tell left from right."""
+    size, bilinear = (cfg.image_size, cfg.image_size), Image.Resampling.BILINEAR
     if augment:
         fit = v2.Compose([v2.RandomResizedCrop(size, scale=(0.5, 1.0)), v2.ColorJitter(0.3, 0.3, 0.3, 0.03)])
-    elif cfg.image_resize == 'crop':
-        def fit(image): return ImageOps.fit(image, size, Image.Resampling.BILINEAR)
     else:
-        def fit(image): return image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+        fit = (lambda image: ImageOps.fit(image, size, bilinear)) if cfg.image_resize == 'crop' else \
+              (lambda image: image.resize(size, bilinear, reducing_gap=2.0))
     return lambda image: v2.functional.pil_to_tensor(fit(to_rgb(image)))
 
 def encode_prompt(tokenizer, cfg, prompt):
@@ -669,9 +621,7 @@ def encode_prompt(tokenizer, cfg, prompt):
 
 class Examples(torch.utils.data.Dataset):
     """Items (PIL image, prompt, answer) as tensors: pixels (3,H,W), ids (T,), targets (T,), -100 on the prompt.
-
-    Indexed by (position in the run, index): augmentation is drawn from (seed, position), in whichever process.
-    """
+    Indexed by (position in the run, index): augmentation is drawn from (seed, position), in whichever process."""
     def __init__(self, items, cfg, tokenizer, augment=False, seed=0):
         self.items, self.cfg, self.tokenizer, self.augment, self.seed = items, cfg, tokenizer, augment, seed
         self.transform, self.room = image_transform(cfg, augment), cfg.block_size - cfg.n_visual
@@ -709,14 +659,12 @@ QUESTIONS = ('count', 'color', 'shape', 'exists', 'side', 'choice')
 
 class Shapes(torch.utils.data.Dataset):
     """Drawn scenes of one to three things, captions and questions, each made from (seed, split, index) alone.
-
-    Items are (PIL image, prompt, answer). Splits 'train' and 'val' have no UNSEEN pair in pictures or words; every
-    thing in split 'novel' is one. kind: 'mixed', 'caption', 'question' or one of QUESTIONS.
-    """
+    Items are (PIL image, prompt, answer). Splits 'train' and 'val' have no UNSEEN pair in pictures or words, each
+    thing in split 'novel' is one. kind: 'mixed', 'caption', 'question' or one of QUESTIONS."""
     def __init__(self, split, seed=0, kind='mixed', pixels=128):
         self.split, self.seed, self.kind, self.pixels = split, seed, kind, pixels
-        self.names = [name for color in COLORS for shape in SHAPES
-                      if ((name := f'{color} {shape}') in UNSEEN) == (split == 'novel')]
+        pairs = [f'{color} {shape}' for color in COLORS for shape in SHAPES]
+        self.pairs = [pair for pair in pairs if (pair in UNSEEN) == (split == 'novel')]
 
     texts = property(lambda self: (' '.join(self[i][1:]) for i in range(3000)))
 
@@ -738,10 +686,9 @@ class Shapes(torch.utils.data.Dataset):
             things = []
             for place in sorted(rng.sample(range(9), rng.randint(1, 3))):
                 x, y = (0.21 + 0.29 * cell + rng.uniform(-0.04, 0.04) for cell in (place % 3, place // 3))
-                name, size = rng.choice(self.names), rng.choice(('small', 'large'))
-                color, shape = name.split()
-                things.append(SimpleNamespace(name=name, color=color, shape=shape, size=size, place=place,
-                                              x=x, y=y, r=rng.uniform(*SIZES[size])))
+                pair, size = rng.choice(self.pairs), rng.choice(('small', 'large'))
+                things.append(SimpleNamespace(pair=pair, color=pair.split()[0], shape=pair.split()[1], size=size,
+                                              place=place, x=x, y=y, r=rng.uniform(*SIZES[size])))
             if all(t is u or math.hypot(t.x - u.x, t.y - u.y) > t.r + u.r + 0.01 for t in things for u in things):
                 return things
 
@@ -749,38 +696,37 @@ class Shapes(torch.utils.data.Dataset):
         image = Image.new('RGB', (self.pixels, self.pixels), tuple(rng.randint(225, 255) for _ in range(3)))
         for t in scene:
             shade = tuple(min(255, max(0, v + rng.randint(-18, 18))) for v in COLORS[t.color])
-            corners = [(self.pixels * (t.x + t.r * far * math.sin(math.radians(turn))),
-                        self.pixels * (t.y - t.r * far * math.cos(math.radians(turn))))
+            corners = [(t.x + t.r * far * math.sin(math.radians(turn)), t.y - t.r * far * math.cos(math.radians(turn)))
                        for turn, far in SHAPES[t.shape]]
-            ImageDraw.Draw(image).polygon(corners, shade)
+            ImageDraw.Draw(image).polygon([(x * self.pixels, y * self.pixels) for x, y in corners], shade)
         return image
 
     def ask(self, kind, scene, rng):
         """(prompt, answer) of that kind, or None if the scene does not suit it."""
-        t, u, names = rng.choice(scene), rng.choice(scene), [t.name for t in scene]
-        absent = [name for name in self.names if name not in names]
+        t, u, pairs = rng.choice(scene), rng.choice(scene), [t.pair for t in scene]
+        absent = [pair for pair in self.pairs if pair not in pairs]
         if kind == 'caption':
-            *first, last = [f'a {t.size} {t.name} {PLACES[t.place]}' for t in scene]
-            return '', f'{", ".join(first)} and {last}' if first else last
+            *most, last = [f'a {t.size} {t.pair} {PLACES[t.place]}' for t in scene]
+            return '', f'{", ".join(most)} and {last}' if most else last
         if kind == 'count':
-            word = rng.choice(('', t.color, t.shape, rng.choice(list(COLORS)), rng.choice(list(SHAPES))))
-            what = f'{word}es' if word == 'cross' else f'{word}s' if word in SHAPES else f'{word} objects'.strip()
-            n = sum(word in ('', t.color, t.shape) for t in scene)
-            return f'how many {what} are there?', ('zero', 'one', 'two', 'three')[n]
-        if kind == 'color' and sum(t.shape in name for name in names) == 1:
+            what = rng.choice(('object', t.color, t.shape, rng.choice(list(COLORS)), rng.choice(list(SHAPES))))
+            plural = {'object': 'objects', 'cross': 'crosses'}.get(what, what + 's' if what in SHAPES else what + ' objects')
+            n = sum(what in ('object', t.color, t.shape) for t in scene)
+            return f'how many {plural} are there?', ('zero', 'one', 'two', 'three')[n]
+        if kind == 'color' and sum(t.shape in pair for pair in pairs) == 1:
             return f'what color is the {t.shape}?', t.color
-        if kind == 'shape' and sum(t.color in name for name in names) == 1:
+        if kind == 'shape' and sum(t.color in pair for pair in pairs) == 1:
             return f'what shape is the {t.color} object?', t.shape
         if kind == 'exists':             # what is absent is near to what is there
-            near = [name for name in absent if t.color in name or t.shape in name]
-            name, yes = rng.choice([(t.name, 'yes'), (rng.choice(near), 'no')])
-            return f'is there {"an" if name[0] == "o" else "a"} {name}?', yes
-        if kind == 'side' and t.place % 3 != u.place % 3 and names.count(t.name) == names.count(u.name) == 1:
+            near = rng.choice([pair for pair in absent if t.color in pair or t.shape in pair])
+            pair, truth = rng.choice([(t.pair, 'yes'), (near, 'no')])
+            return f'is there {"an" if pair[0] == "o" else "a"} {pair}?', truth
+        if kind == 'side' and t.place % 3 != u.place % 3 and pairs.count(t.pair) == pairs.count(u.pair) == 1:
             side = 'left' if t.place % 3 < u.place % 3 else 'right'
-            return f'is the {t.name} left or right of the {u.name}?', side
+            return f'is the {t.pair} left or right of the {u.pair}?', side
         if kind == 'choice':
-            options = rng.sample([t.name, *rng.sample(absent, 2)], 3)
-            return 'which is in the picture: {}, {} or {}?'.format(*options), t.name
+            options = rng.sample([t.pair, *rng.sample(absent, 2)], 3)
+            return 'which is in the picture: {}, {} or {}?'.format(*options), t.pair
 
 def read_captions(path):
     """Yields (image name, prompt, answer) of a caption file: .csv, .txt, .jsonl, COCO's .json or LLaVA's .json."""
@@ -804,10 +750,8 @@ def read_captions(path):
 
 class CaptionedImages(torch.utils.data.Dataset):
     """Items (PIL image, prompt, answer) from rows (image name, prompt, answer) and the folder of the images.
-
     Rows lie in one block of bytes, which worker processes share without copies. An image that cannot be read is
-    named once, counted in bad, and its row replaced by the next.
-    """
+    named once, counted in bad, and its row replaced by the next."""
     def __init__(self, rows, folder, source, size=0):
         self.folder, self.source, self.size = folder, source, size
         self.names = sorted({image for image, _, _ in rows})
@@ -816,13 +760,13 @@ class CaptionedImages(torch.utils.data.Dataset):
         self.ends, self.block = torch.tensor([0, *map(len, rows)]).cumsum(0), b''.join(rows)
         self.bad = torch.zeros(len(self.names), dtype=torch.uint8).share_memory_()
 
+    texts = property(lambda self: (' '.join(self.row(i)[1:]) for i in range(len(self))))
+
     def __len__(self):
         return len(self.ends) - 1
 
     def row(self, index):
         return json.loads(self.block[self.ends[index]:self.ends[index + 1]])
-
-    texts = property(lambda self: (' '.join(self.row(i)[1:]) for i in range(len(self))))
 
     def __getitem__(self, index):
         for i in range(index, index + len(self)):
@@ -837,10 +781,8 @@ class CaptionedImages(torch.utils.data.Dataset):
 
 def make_dataset(spec, split='train', image_dir='', val_spec='', size=0, seed=0):
     """'shapes', a caption file, or a folder of class-named folders -> a data set of (PIL image, prompt, answer).
-
     split: 'train' or 'val', for shapes also 'novel'. Without val_spec a fixed 5 % of the images, with all rows of
-    each, are held out. image_dir: where the images are, if not beside the file or in images/ there.
-    """
+    each, are held out. image_dir: where the images are, if not beside the file or in images/ there."""
     if spec == 'shapes':
         return Shapes(split, seed)
     path = val_spec if split == 'val' and val_spec else spec
@@ -875,44 +817,39 @@ def make_dataset(spec, split='train', image_dir='', val_spec='', size=0, seed=0)
 # 11. Command line -------------------------------------------------------------------------------------------
 
 def read_setting(old, comment, text):
-    """A setting's new value from text, of the old one's type and as its comment allows; else an ArgumentTypeError."""
+    """A setting's new value, of the old one's type and as its comment allows; argparse tells the user of errors."""
     def refuse(what):
         raise argparse.ArgumentTypeError(f'{text!r} is not {what} ({comment})')
-    kind, flags = type(old), {'true': True, '1': True, 'yes': True, 'false': False, '0': False, 'no': False}
     try:
-        value = flags[text.lower()] if kind is bool else kind(text)
+        value = {'true': True, '1': True, 'false': False, '0': False}[text.lower()] if isinstance(old, bool) else type(old)(text)
     except (KeyError, ValueError):
-        refuse({int: 'a whole number', float: 'a number', bool: 'true or false'}[kind])
+        refuse({int: 'a whole number', float: 'a number', bool: 'true or false'}[type(old)])
     words = re.findall("'(.*?)'", comment)
     if words and value not in words and not comment.endswith('...'):
         refuse('one of ' + ', '.join(words))
     for sign, limit in re.findall(r'([<>]=?) (-?[\d.]+)', comment.split(';')[0]):
-        if not (math.isfinite(value) and COMPARE[sign](value, float(limit))):
+        compare = {'>': operator.gt, '>=': operator.ge, '<': operator.lt, '<=': operator.le}[sign]
+        if not (math.isfinite(value) and compare(value, float(limit))):
             refuse('in range')
     return value
 
-COMPARE = {'>': operator.gt, '>=': operator.ge, '<': operator.lt, '<=': operator.le}
-
 def override(settings, argv=None):
     """Lets `--name=value`, `--name value` and a bare `--flag` change a runner's globals: nanoGPT's way, but checked.
-
     The comment after a setting is its specification: it begins with the words allowed, in quotes (open-ended if it
-    ends in ...), or with a range, "> 0 and <= 1;". --help prints it. A mistake is one line, and exit code 2.
-    """
+    ends in ...), or with a range, "> 0 and <= 1;". --help prints it. A mistake is one line, and exit code 2."""
     with open(settings['__file__'], encoding='utf-8') as f:
         comments = dict(re.findall(r'^(\w+) = .*?  +# (.*)$', f.read(), re.M))
     parser = argparse.ArgumentParser(description=settings['__doc__'], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f'{parser.prog}: {message}\n')
     for name, comment in comments.items():
-        old = settings[name]
-        bare = dict(nargs='?', const=True) if isinstance(old, bool) else {}
-        parser.add_argument(f'--{name}', type=partial(read_setting, old, comment), default=old, metavar=repr(old),
-                            help=comment.replace('%', '%%'), **bare)
+        bare = dict(nargs='?', const=True) if isinstance(settings[name], bool) else {}
+        parser.add_argument(f'--{name}', type=partial(read_setting, settings[name], comment), default=settings[name],
+                            metavar=repr(settings[name]), help=comment.replace('%', '%%'), **bare)
     found, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split('=')[0], [f'--{name}' for name in comments], 1)
-        parser.error(f'there is no setting {unknown[0]}' + (f', did you mean {near[0]}?' if near else '; see --help'))
+        parser.error(f'no setting {unknown[0]}' + (f', did you mean {near[0]}?' if near else '; --help lists them all'))
     settings.update(vars(found))
     sys.excepthook = lambda kind, e, trace: (print(f'{parser.prog}: {e}', file=sys.stderr)
                                              if issubclass(kind, UserError) else sys.__excepthook__(kind, e, trace))
