@@ -16,7 +16,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
 
-from vlm import (PRESETS, Examples, MinimalVLM, Shapes, Tokenizer, UserError, collate, encode_prompt,
+from vlm import (PRESETS, MinimalVLM, Shapes, Tokenizer, UserError, collate, encode_prompt, image_transform,
                  load_checkpoint, make_dataset, override, save_checkpoint, to_rgb)
 
 # settings ---------------------------------------------------------------------------------------------------
@@ -103,28 +103,38 @@ class Order(torch.utils.data.Sampler):
     def __init__(self, length, first):
         self.length, self.first, self.epoch = length, first, None
 
-    def index(self, position):
+    def number(self, position):
         epoch, i = divmod(position, self.length)
         if epoch != self.epoch:
             shuffle = torch.Generator().manual_seed(seed + epoch)
             self.epoch, self.order = epoch, torch.randperm(self.length, generator=shuffle)
-        return int(self.order[i])
+        return position, int(self.order[i])
 
     def __iter__(self):
-        first = self.first
         while True:
-            yield [(p, self.index(p)) for p in range(first + rank, first + batch_size, world)]
-            first += batch_size
+            yield [self.number(p) for p in range(self.first + rank, self.first + batch_size, world)]
+            self.first += batch_size
+
+class Numbered(torch.utils.data.Dataset):
+    def __init__(self, items):
+        self.items = items
+
+    def __getitem__(self, number):
+        return number[0], self.items[number[1]]
 
 def batches(items, first=0, augment=False):
     """An endless stream of (images, input_ids, targets) from the first-th item on."""
-    workers = num_workers
-    if workers < 0:                      # for shapes on a CPU, workers take from training more than they give
+    transform = image_transform(model.cfg, augment)
+    def prepare(numbered):               # augmentation depends on seed and position, not on the process
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + numbered[0][0])
+            return collate([item for _, item in numbered], model.cfg, tok, transform)
+    workers = num_workers                # shapes on a CPU: workers take more from training than they give
+    if workers < 0:
         workers = 0 if kind == 'cpu' and dataset == 'shapes' else min(8, os.cpu_count())
-    more = dict(num_workers=workers, multiprocessing_context='fork', persistent_workers=True,
+    more = dict(num_workers=workers, multiprocessing_context='fork',
                 worker_init_fn=lambda i: signal.signal(signal.SIGINT, signal.SIG_IGN))
-    examples = Examples(items, model.cfg, tok, augment, seed)
-    return iter(torch.utils.data.DataLoader(examples, batch_sampler=Order(len(items), first), collate_fn=collate,
+    return iter(torch.utils.data.DataLoader(Numbered(items), batch_sampler=Order(len(items), first), collate_fn=prepare,
                                             pin_memory=kind == 'cuda', **(more if workers and hasattr(os, 'fork') else {})))
 
 def to_device(images, *rest):
@@ -239,7 +249,7 @@ def validation_loss():
 
 def answers(items, n):
     """The model's greedy answers to the first n items: (image, prompt, truth, answer) each."""
-    transform = Examples(items, model.cfg, tok).transform
+    transform = image_transform(model.cfg)
     for i in range(0, min(n, len(items)), 100):
         batch = [items[j] for j in range(i, min(i + 100, n, len(items)))]
         images, = to_device(torch.stack([transform(image) for image, _, _ in batch]))

@@ -12,9 +12,9 @@ A minimal vision-language model: one file that turns an image and a question int
     logits over the vocabulary -> sample_top_p -> the next token, again and again: "red"
 
 One Attention, one MLP and one Block serve eye and mouth: ViT, SigLIP, GPT-2 and SmolLM2 differ only in a
-TransformerConfig. Contents: 1 config, 2 building blocks, 3 the eye, 4 the joint, 5 the mouth, 6 the whole model,
-7 sampling, 8 weights, 9 text and pixels, 10 data, 11 command line. Left out on purpose: beam search, image
-tiling, quantisation, several images in one prompt.
+TransformerConfig. Contents: 1 config, 2 building blocks, 3 the eye, 4 the joint, 5 the mouth, 6 the model,
+7 sampling, 8 checkpoints, 9 text and pixels, 10 data, 11 command line. Left out: beam search, image tiles,
+quantisation, several images in a prompt.
 
 Letters in shapes: B batch, T text tokens, N visual tokens, S tokens in a sequence, C channels, H heads,
 K key/value heads, D channels a head, V vocabulary.
@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from torchvision.transforms import v2
 
 class UserError(ValueError):
-    """What a user typed, or a file holds, is wrong. The runners print it as one line, without a traceback."""
+    """What a user typed, or a file holds, is wrong: the runners print one line, without a traceback."""
 
 # 1. Config --------------------------------------------------------------------------------------------------
 
@@ -59,17 +59,17 @@ class TransformerConfig:
 
     def __post_init__(self):
         if self.n_embd % self.n_head or self.n_head % (self.n_kv_head or self.n_head):
-            raise UserError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}, that of n_kv_head')
+            raise UserError(f'n_embd={self.n_embd} must divide by n_head={self.n_head}, and that by n_kv_head')
 
 @dataclass(frozen=True)
 class VLMConfig:
     """Eye, mouth and the joint between them, and how the model wants its pixels and its prompts."""
     vision: TransformerConfig = TransformerConfig()
     text: TransformerConfig = TransformerConfig()
-    encoder: str = 'vit'             # 'vit', or 'resnet18' or 'resnet50' with patch_size=32
+    encoder: str = 'vit'             # 'vit', 'resnet18' or 'resnet50'
     stem: str = 'patch'              # 'patch': one strided convolution; 'conv': several, with max-pooling
     image_size: int = 224            # pixels a side
-    patch_size: int = 16             # pixels a side of a cell of the feature grid
+    patch_size: int = 16             # pixels a side of a cell of the feature grid; a ResNet's are 32
     class_token: bool = False        # attended to, then dropped, as in the first ViT
     image_mean: tuple = (0.5, 0.5, 0.5)
     image_std: tuple = (0.5, 0.5, 0.5)
@@ -86,52 +86,53 @@ class VLMConfig:
     prompt_template: str = '{}'      # how a prompt is put to the model
     caption_prompt: str = ''         # the prompt that asks for a caption
 
-    grid = property(lambda self: self.image_size // self.patch_size)
+    cell = property(lambda self: self.patch_size if self.encoder == 'vit' else 32)
+    grid = property(lambda self: self.image_size // self.cell)
     factor = property(lambda self: self.shuffle_factor if self.projection == 'pixel_shuffle' else 1)
-
     n_visual = property(lambda self: self.n_latents if self.projection == 'perceiver'
                         else (self.grid // self.factor) ** 2)
 
     def __post_init__(self):
-        if self.image_size % (self.patch_size * self.factor):
-            raise UserError(f'image_size={self.image_size} must be a multiple of {self.patch_size * self.factor}')
+        if self.image_size % (self.cell * self.factor):
+            raise UserError(f'image_size={self.image_size} must be a multiple of {self.cell * self.factor}')
         if self.block_size <= self.n_visual:
             raise UserError(f'block_size={self.block_size} must exceed the {self.n_visual} tokens of an image')
 
 def from_scratch(n_embd, eye_layers, mouth_layers, dropout=0.0, **more):
-    """The shape that learned fastest from nothing: convolutional stem, no biases, one scale into the decoder."""
+    """The shape that learned fastest from nothing: convolutional stem, no biases, one scale at the decoder."""
     eye = TransformerConfig(eye_layers, n_embd // 32, n_embd, bias=False, dropout=dropout)
     return VLMConfig(eye, replace(eye, n_layer=mouth_layers), stem='conv', patch_size=8, input_norm=True,
                      projection='pixel_shuffle', projection_bias=False, tokenizer='bpe', **more)
 
-SIGLIP = TransformerConfig(12, 12, 768, activation='gelu_tanh')
-GPT2 = TransformerConfig(12, 12, 768, norm_eps=1e-5, activation='gelu_tanh')
 SMOLLM2 = TransformerConfig(30, 9, 576, n_kv_head=3, n_hidden=1536, norm='rms', norm_eps=1e-5, bias=False,
                             activation='swiglu', position='rope', rope_base=100000.0)
 PRESETS = {
-    'tiny': from_scratch(128, 1, 4, image_size=64, vocab_size=512, block_size=80),         # 1.4M: drawn shapes, a laptop
-    'small': from_scratch(384, 4, 6, dropout=0.1, image_size=128, vocab_size=4096, block_size=192),  # 20M: photos, a GPU
-    'base': VLMConfig(TransformerConfig(), GPT2, class_token=True, image_resize='crop',    # 213M: ViT-B/16 and GPT-2
-                      image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225)),
-    'nanovlm': VLMConfig(SIGLIP, SMOLLM2, projection='pixel_shuffle', projection_bias=False, vocab_size=49152,  # 222M
-                         image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0), tokenizer='tokenizer.json',
-                         prompt_template='Question: {} Answer:', caption_prompt='What is in this image?')}
+    # 1.4M parameters learn drawn shapes on a laptop, 20M learn photos on one GPU, both from nothing
+    'tiny': from_scratch(128, 1, 4, image_size=64, vocab_size=512, block_size=80),
+    'small': from_scratch(384, 4, 6, dropout=0.1, image_size=128, vocab_size=4096, block_size=192),
+    # 213M: ViT-B/16, two-layer projection, GPT-2
+    'base': VLMConfig(TransformerConfig(), TransformerConfig(norm_eps=1e-5, activation='gelu_tanh'), class_token=True,
+                      image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225), image_resize='crop'),
+    # 222M: SigLIP-B/16, pixel shuffle, SmolLM2-135M
+    'nanovlm': VLMConfig(TransformerConfig(activation='gelu_tanh'), SMOLLM2, projection='pixel_shuffle',
+                         projection_bias=False, image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0),
+                         vocab_size=49152, tokenizer='tokenizer.json', prompt_template='Question: {} Answer:',
+                         caption_prompt='What is in this image?')}
 
 # 2. Building blocks -----------------------------------------------------------------------------------------
 
 def make_norm(cfg):
-    if cfg.norm == 'rms':
-        return nn.RMSNorm(cfg.n_embd, cfg.norm_eps)
-    return nn.LayerNorm(cfg.n_embd, cfg.norm_eps, bias=cfg.bias)
+    rms = cfg.norm == 'rms'
+    return nn.RMSNorm(cfg.n_embd, cfg.norm_eps) if rms else nn.LayerNorm(cfg.n_embd, cfg.norm_eps, bias=cfg.bias)
 
 def rope_table(length, dim, base):
-    """Cosine and sine of each position's angles, (2,length,dim/2): fast pairs for neighbours, slow ones for afar."""
+    """Cosine and sine of each position's angles, (2,length,dim/2): some pairs turn fast, some slowly."""
     frequency = base ** (-torch.arange(0, dim, 2).float() / dim)
     angle = torch.outer(torch.arange(length).float(), frequency)
     return torch.stack([angle.cos(), angle.sin()])
 
 def rotate(x, rope):
-    """Turns each pair (i, i + D/2) of x (B,H,S,D) by its angle, so that q.k depends on the distance alone."""
+    """Turns each pair (i, i + D/2) of x (B,H,S,D) by its angle, so that q.k depends on distance alone."""
     cos, sin = rope.to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -161,18 +162,18 @@ class Attention(nn.Module):
         cache: keys and values (2,B,K,length,D) and how many are known; those of x are added, and all are looked at."""
         B, T, C = x.shape
         context, D, groups = x if context is None else context, self.head_dim, self.n_head // self.n_kv_head
-        q = self.q(x).view(B, T, self.n_head, D).transpose(1, 2)                                    # (B,H,T,D)
-        k, v = self.kv(context).view(B, -1, 2 * self.n_kv_head, D).transpose(1, 2).chunk(2, dim=1)  # (B,K,S,D)
+        q = self.q(x).view(B, T, self.n_head, D).transpose(1, 2)                                # (B,H,T,D)
+        kv = self.kv(context).view(B, -1, 2 * self.n_kv_head, D).transpose(1, 2)
+        k, v = kv.chunk(2, dim=1)                                                               # (B,K,S,D)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             kv, start = cache
             kv[0, :, :, start:start + T], kv[1, :, :, start:start + T] = k, v
             k, v = kv[:, :, :, :start + T]
-        # is_causal lines up the first query with the first key: right for a whole sequence only. A single query
-        # on a cache needs no mask, for all that the cache holds is past
-        causal = self.causal and mask is None and T > 1
-        assert not causal or k.size(2) == T, 'several queries on a cache need a mask'
+        # is_causal lines up the first query with the first key, which is right for a whole sequence only
+        causal = self.causal and mask is None
+        assert not causal or k.size(2) == T, 'queries on a cache need a mask'
         # backward in bf16, PyTorch's fused kernel for CPUs takes seven times as long as the spelled-out lines
         if self.maps is None and not (q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad):
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=groups > 1)
@@ -216,7 +217,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(cfg, causal) for _ in range(cfg.n_layer))
         self.norm, self.drop = make_norm(cfg), nn.Dropout(cfg.dropout)
-        self.grad_checkpointing = False  # in training keep only what enters each block, and compute the rest again
+        self.grad_checkpointing = False  # keep only what enters each block; going backward, compute the rest again
 
     def run(self, x, cache=None, **look):
         x = self.drop(x)
@@ -245,7 +246,8 @@ class VisionEncoder(Transformer):
     """ViT or SigLIP: an image becomes a grid of patches, and each patch looks at all."""
     def __init__(self, cfg):
         super().__init__(cfg.vision)
-        C, p = cfg.vision.n_embd, cfg.patch_size
+        self.width = C = cfg.vision.n_embd
+        p = cfg.patch_size
         self.stem = conv_stem(C, p) if cfg.stem == 'conv' else nn.Conv2d(3, C, p, stride=p)
         self.class_token = nn.Parameter(torch.zeros(1, 1, C)) if cfg.class_token else None
         self.position = nn.Parameter(torch.zeros(cfg.grid ** 2 + cfg.class_token, C))
@@ -261,11 +263,9 @@ class VisionEncoder(Transformer):
 class ResNetEncoder(nn.Sequential):
     """torchvision's ResNet up to its last feature map, as a grid of features (B,H/32*W/32,512 or 2048)."""
     def __init__(self, cfg):
-        net = getattr(torchvision.models, cfg.encoder)(weights=None)
-        if (cfg.vision.n_embd, cfg.patch_size) != (net.fc.in_features, 32):
-            raise UserError(f'{cfg.encoder} needs vision.n_embd={net.fc.in_features} and patch_size=32, '
-                            f'not {cfg.vision.n_embd} and {cfg.patch_size}')
         super().__init__()
+        net = getattr(torchvision.models, cfg.encoder)(weights=None)
+        self.width = net.fc.in_features
         for name, module in list(net.named_children())[:-2]:     # all but pooling and classifier
             self.add_module(name, module)
 
@@ -275,11 +275,11 @@ class ResNetEncoder(nn.Sequential):
 # 4. The joint -----------------------------------------------------------------------------------------------
 
 class MultimodalProjection(nn.Module):
-    """The eye's features as tokens of the decoder's width: (B,grid*grid,C of the eye) -> (B,N,C of the mouth)."""
-    def __init__(self, cfg):
+    """The eye's features as tokens of the decoder's width: (B,grid*grid,width) -> (B,N,C)."""
+    def __init__(self, cfg, width):
         super().__init__()
         self.grid, self.factor, bias = cfg.grid, cfg.factor, cfg.projection_bias
-        eye, mouth, hidden = cfg.vision.n_embd * self.factor ** 2, cfg.text.n_embd, cfg.projection_hidden
+        eye, mouth, hidden = width * self.factor ** 2, cfg.text.n_embd, cfg.projection_hidden
         self.proj, self.resampler = nn.Linear(eye, mouth, bias=bias), None
         if cfg.projection == 'mlp':              # LLaVA 1.5
             self.proj = nn.Sequential(nn.Linear(eye, hidden, bias=bias), nn.GELU(),
@@ -289,7 +289,7 @@ class MultimodalProjection(nn.Module):
             self.resampler = Transformer(replace(cfg.text, n_layer=2))
 
     def forward(self, x):
-        if self.factor > 1:                      # pixel shuffle: a square of neighbours becomes one long feature
+        if self.factor > 1:              # pixel shuffle: a square of neighbours becomes one long feature
             (B, _, C), f, g = x.shape, self.factor, self.grid // self.factor
             x = x.view(B, g, f, g, f, C).transpose(2, 3).reshape(B, g * g, f * f * C)
         x = self.proj(x)
@@ -317,7 +317,7 @@ class LanguageDecoder(Transformer):
         """x (B,S,C), positions (S,) or (B,S) -> hidden states (B,S,C), ready for the head."""
         if self.learned:
             return self.run(x + self.position[positions], cache, mask=mask)
-        return self.run(x, cache, mask=mask, rope=self.rope[:, positions].unsqueeze(-3))     # (2,1 or B,1,S,D/2)
+        return self.run(x, cache, mask=mask, rope=self.rope[:, positions].unsqueeze(-3))      # (2,..,1,S,D/2)
 
 # 6. The whole model -----------------------------------------------------------------------------------------
 
@@ -326,18 +326,17 @@ class MinimalVLM(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.vision = VisionEncoder(cfg) if cfg.encoder == 'vit' else ResNetEncoder(cfg)
-        self.projection = MultimodalProjection(cfg)
+        self.projection = MultimodalProjection(cfg, self.vision.width)
         self.decoder = LanguageDecoder(cfg)
         self.init_weights()
 
     def init_weights(self):
-        """GPT-2's: normal with deviation 0.02, less for what writes to the residual stream, the deeper the stack.
-        Convolutions and norms keep PyTorch's own. Positions that meet a normalised input are on its scale."""
+        """GPT-2's: deviation 0.02, less for what writes to the residual stream, the deeper the stack."""
         depth = {'vision': self.cfg.vision.n_layer, 'projection': 2, 'decoder': self.cfg.text.n_layer}
         for name, p in self.named_parameters():
             if name.endswith(('attn.out.weight', 'mlp.down.weight')):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * depth[name.split('.')[0]]))
-            elif p.dim() == 2:           # linear maps, embeddings, positions, latents
+            elif p.dim() == 2:           # where inputs are normalised, positions must be heard beside them
                 nn.init.normal_(p, std=0.5 if name == 'decoder.position' and self.cfg.input_norm else 0.02)
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
@@ -348,8 +347,7 @@ class MinimalVLM(nn.Module):
     def see(self, images):
         """images (B,3,H,W) or (3,H,W), bytes or normalised floats -> visual tokens (B,N,C)."""
         images, size = images if images.dim() == 4 else images[None], self.cfg.image_size
-        if images.shape[1:] != (3, size, size):
-            raise ValueError(f'images {tuple(images.shape)}: image_transform(model.cfg) makes (B, 3, {size}, {size})')
+        assert images.shape[1:] == (3, size, size), f'image_transform makes (3, {size}, {size}), not {images.shape}'
         if images.dtype == torch.uint8:
             images = v2.functional.normalize(images.float() / 255, self.cfg.image_mean, self.cfg.image_std)
         return self.scale(self.projection(self.vision(images.to(self.decoder.head.weight.dtype))))
@@ -365,20 +363,20 @@ class MinimalVLM(nn.Module):
             visual = self.see(images)
             x, N = torch.cat([visual.expand(len(x), -1, -1), x], dim=1), visual.size(1)
         if x.size(1) > self.cfg.block_size:
-            raise UserError(f'{x.size(1)} tokens with the image are more than block_size={self.cfg.block_size}')
+            raise UserError(f'{x.size(1)} tokens with the image exceed block_size={self.cfg.block_size}')
         return self.decoder(x, torch.arange(x.size(1), device=x.device)), N
 
     def forward(self, images, input_ids, targets=None, return_logits=True):
         """One pass over images and texts that are known, to train or to score.
-        images: see see(), None for the bare language model; input_ids (B,T) or (T,); targets: input_ids where the
-        model is to be scored, -100 elsewhere. Returns logits (B,T,V), row t about what follows text token t, and
-        the loss in nats a scored token (None without targets). return_logits=False never builds the logits."""
+        images: see see(), None for the bare language model; input_ids (B,T) or (T,); targets: input_ids where
+        the model is scored, -100 elsewhere. Returns logits (B,T,V), row t about what follows text token t, and
+        the loss in nats a scored token, None without targets; return_logits=False never builds the logits."""
         h, N = self.hidden(images, torch.atleast_2d(input_ids))
         loss = None
         if targets is not None:
-            # the one shift: state s predicts token s + 1, so the last visual state predicts the first of the text.
-            # Only states that are scored meet the head, which is as wide as the vocabulary
-            labels = F.pad(targets.view(len(h), -1), (N, 0), value=-100)[:, 1:]             # (B,N+T-1)
+            # the one shift: state s predicts token s + 1, so the last visual state predicts the first of the
+            # text. Only states that are scored meet the head, which is as wide as the vocabulary
+            labels = F.pad(targets.view(len(h), -1), (N, 0), value=-100)[:, 1:]         # (B,N+T-1)
             scored = labels != -100
             loss = F.cross_entropy(self.decoder.head(h[:, :-1][scored]).float(), labels[scored])
         return (self.decoder.head(h[:, N:]) if return_logits else None), loss
@@ -388,8 +386,8 @@ class MinimalVLM(nn.Module):
                use_cache=True, num_samples=1):
         """Generates: yields the next token of each row, (B * num_samples, 1), as soon as it is known.
         images: see see(), or None; prompt_ids (B,T), (T,), or a list of B prompts (T_i,) of any lengths. A row
-        that has met its stop id repeats it until all have. Images and prompts are read once for all samples.
-        use_cache=False computes everything again at each token: slow, and the same."""
+        that met its stop id repeats it until all have. Images and prompts are read once for all samples.
+        use_cache=False computes all again at each token: slow, and the same."""
         was_training = self.training
         self.eval()
         try:
@@ -397,12 +395,13 @@ class MinimalVLM(nn.Module):
             prompts = prompt_ids if isinstance(prompt_ids, list) else torch.atleast_2d(prompt_ids)
             rows = [self.read(ids) for ids in prompts]
             if images is not None:
-                rows = [torch.cat([v, row]) for v, row in zip(self.see(images).expand(len(rows), -1, -1), rows)]
+                visual = self.see(images).expand(len(rows), -1, -1)
+                rows = [torch.cat(pair) for pair in zip(visual, rows)]
             x, shortest = pad_sequence(rows, batch_first=True, padding_side='left'), min(map(len, rows))
             if not 0 < shortest <= x.size(1) < self.cfg.block_size:
-                raise UserError(f'a prompt of {shortest} to {x.size(1)} tokens with the image: at least 1 is needed, '
-                                f'and fewer than block_size={self.cfg.block_size}')
-            padding = torch.tensor([[x.size(1) - len(row)] for row in rows], device=x.device)       # (B,1)
+                raise UserError(f'a prompt has {shortest if shortest == 0 else x.size(1)} tokens with the image: '
+                                f'at least 1 is needed, and fewer than block_size={self.cfg.block_size}')
+            padding = torch.tensor([[x.size(1) - len(row)] for row in rows], device=x.device)   # (B,1)
             S, end = x.size(1), min(x.size(1) + max_new_tokens, self.cfg.block_size)
             attn, steps, kv = self.decoder.blocks[0].attn, torch.arange(end, device=x.device), None
             if use_cache:                # the memory of all layers, taken once: (layer,2,B,K,end,D)
@@ -410,8 +409,8 @@ class MinimalVLM(nn.Module):
 
             def look(x, S):              # x is the last of S tokens; padding has no position and is not seen
                 query, key = steps[S - x.size(1):S], steps[:S]
-                mask = (key <= query[:, None]) & (key >= padding[:, :, None]) | (key == query[:, None])     # (B,T,S)
-                cache = None if kv is None else (kv, S - x.size(1))
+                mask = (key <= query[:, None]) & (key >= padding[:, :, None]) | (key == query[:, None])
+                cache = None if kv is None else (kv, S - x.size(1))              # mask (B,T,S)
                 return self.decoder(x, (query - padding).clamp(min=0), mask[:, None], cache)
 
             # 2. read them, remember keys and values, and share these among the samples
@@ -421,7 +420,7 @@ class MinimalVLM(nn.Module):
             # 3. say a token, read it, and again
             done = torch.zeros(len(h), 1, dtype=torch.bool, device=x.device)
             for S in range(S + 1, end + 1):
-                token = sample_top_p(self.decoder.head(h[:, -1]), top_p, temperature, top_k)        # (B,1)
+                token = sample_top_p(self.decoder.head(h[:, -1]), top_p, temperature, top_k)    # (B,1)
                 if stop is not None:
                     token = token.masked_fill(done, stop)
                     done |= token == stop
@@ -434,16 +433,17 @@ class MinimalVLM(nn.Module):
             self.train(was_training)
 
     def generate(self, images, prompt_ids, stop=None, num_samples=1, **options):
-        """stream(), collected: (B * num_samples, T+new) ids, or for a list of prompts a list of (T_i+new_i,).
-        In the list each row ends with its own stop id, and equals what its prompt gives alone."""
+        """stream(), collected: (B * num_samples, T+new) ids; for a list of prompts a list of (T_i+new_i,), in
+        which each row ends with its own stop id and equals what its prompt gives alone."""
         new = list(self.stream(images, prompt_ids, stop=stop, num_samples=num_samples, **options))
         prompts = prompt_ids if isinstance(prompt_ids, list) else torch.atleast_2d(prompt_ids)
         prompts = [ids for ids in prompts for _ in range(num_samples)]
-        rows = torch.cat(new, dim=1) if new else prompts[0].new_empty(len(prompts), 0)
-        if isinstance(prompt_ids, torch.Tensor):
-            return torch.cat([torch.stack(prompts), rows], dim=1)
-        return [torch.cat([ids, row[:end + 1]]) for ids, row in zip(prompts, rows)
-                for end in [next((i for i, token in enumerate(row.tolist()) if token == stop), len(row))]]
+        new = torch.cat(new, dim=1) if new else prompts[0].new_empty(len(prompts), 0)
+        rows = [torch.cat(pair) for pair in zip(prompts, new)]
+        if not isinstance(prompt_ids, list):
+            return torch.stack(rows)
+        repeats = [max(0, int((row == stop).sum()) - 1) if stop is not None else 0 for row in new]
+        return [row[:len(row) - n] for row, n in zip(rows, repeats)]
 
     @torch.no_grad()
     def score(self, image, prompt_ids, choices):
@@ -453,7 +453,7 @@ class MinimalVLM(nn.Module):
         ids = pad_sequence([torch.cat([prompt_ids, choice]) for choice in choices], batch_first=True)
         h, _ = self.hidden(image, ids)
         T = ids.size(1) - len(prompt_ids)
-        logp = self.decoder.head(h[:, -T - 1:-1]).float().log_softmax(-1)                       # (n,T,V)
+        logp = self.decoder.head(h[:, -T - 1:-1]).float().log_softmax(-1)               # (n,T,V)
         logp = logp.gather(-1, ids[:, -T:, None]).squeeze(-1)
         self.train(was_training)
         return torch.stack([row[:len(choice)].sum() for row, choice in zip(logp, choices)])
@@ -462,42 +462,42 @@ class MinimalVLM(nn.Module):
 
 def sample_top_p(logits, p=0.9, temperature=1.0, top_k=0):
     """Draws from the smallest set of tokens whose probability reaches p, the one that crosses p included.
-    logits (B,V) or (V,) -> ids (B,1) or (1,), each row on its own. The temperature comes first, and 0 takes the
+    logits (B,V) or (V,) -> ids (B,1) or (1,), each row on its own. The temperature comes first, 0 takes the
     likeliest token; top_k > 0 keeps at most so many; p = 1 keeps all. Holtzman et al. 2019, 1904.09751."""
     if temperature < 0 or top_k < 0 or not 0 < p <= 1:
         raise UserError(f'temperature={temperature} and top_k={top_k} must be >= 0, top_p={p} > 0 and <= 1')
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits, order = logits.float().topk(min(top_k or logits.size(-1), logits.size(-1)))         # likeliest first
+    logits, order = logits.float().topk(min(top_k or logits.size(-1), logits.size(-1)))     # likeliest first
     probs = ((logits - logits[..., :1]) / temperature).softmax(dim=-1)
     likelier = probs.cumsum(dim=-1) - probs
     probs = probs.masked_fill((likelier >= p) & (p < 1), 0.0)
     return order.gather(-1, torch.multinomial(probs, 1))
 
-# 8. Weights -------------------------------------------------------------------------------------------------
+# 8. Checkpoints ---------------------------------------------------------------------------------------------
 
 def save_checkpoint(path, model, tokenizer, **more):
-    """Writes model, config, tokenizer and more to one file, whole or not at all.
-    It is written beside the old file and then takes its place: a kill or a full disk leaves the old one."""
-    part = f'{path}.part'
+    """Writes model, config, tokenizer and more to one file, whole or not at all: it is written beside the old one
+    and then takes its place, so that a kill or a full disk leaves the old one."""
+    content = dict(more, model=model.state_dict(), config=asdict(model.cfg), tokenizer=tokenizer.state)
     try:
-        with open(part, 'wb') as f:
-            torch.save(dict(more, model=model.state_dict(), config=asdict(model.cfg), tokenizer=tokenizer.state), f)
+        with open(f'{path}.part', 'wb') as f:
+            torch.save(content, f)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(part, path)
+        os.replace(f'{path}.part', path)
     except (OSError, RuntimeError) as e:
         raise UserError(f'could not write {path} ({e}); what was there before is untouched') from e
 
 def load_checkpoint(path, device='cpu'):
-    """-> model, checkpoint: the dictionary, with its 'tokenizer' ready to use. Runs no code that the file may hold."""
+    """-> model, checkpoint: the dictionary, its 'tokenizer' ready to use. Runs no code that the file may hold."""
     if not os.path.isfile(path):
-        raise UserError(f'there is no checkpoint at {path}: '
-                        f'`python train.py --out_dir={os.path.dirname(path) or "."}` makes one')
+        folder = os.path.dirname(path) or '.'
+        raise UserError(f'there is no checkpoint at {path}: `python train.py --out_dir={folder}` makes one')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        stacks = {name: TransformerConfig(**checkpoint['config'].pop(name)) for name in ('vision', 'text')}
-        model = MinimalVLM(VLMConfig(**stacks, **checkpoint['config']))
+        cfg = checkpoint.pop('config')
+        model = MinimalVLM(VLMConfig(**{**cfg, **{k: TransformerConfig(**cfg[k]) for k in ('vision', 'text')}}))
         model.load_state_dict(checkpoint.pop('model'))
         checkpoint['tokenizer'] = Tokenizer(**checkpoint['tokenizer'])
     except Exception as e:               # a damaged or hostile file can fail in any way there is
@@ -514,16 +514,13 @@ END = '<|endoftext|>'
 class Tokenizer:
     """Text <-> ids: a tiktoken Encoding whose state fits into a checkpoint."""
     def __init__(self, name, ranks, special, pieces=PIECES):
-        """ranks {token as latin-1: id} in the order of merging, special {text: id}, pieces: how text is split."""
+        """ranks {token as latin-1: id} in merging order, special {text: id}, pieces: how text is split."""
         self.state = dict(name=name, ranks=ranks, special=special, pieces=pieces)
         ranks = {token.encode('latin-1'): i for token, i in ranks.items()}
         self.encoding = tiktoken.Encoding(name, pat_str=pieces, mergeable_ranks=ranks, special_tokens=special)
         self.bytes = {i: token for token, i in ranks.items()}
         self.name, self.n_vocab, self.eos = name, self.encoding.n_vocab, special[END]
-
-    def encode(self, text):
-        """Special tokens spelled out in a text are plain text."""
-        return self.encoding.encode_ordinary(text)
+        self.encode = self.encoding.encode_ordinary      # text -> ids; special tokens spelled out are plain text
 
     def decode(self, ids):
         return ''.join(self.stream(ids))
@@ -542,7 +539,7 @@ class Tokenizer:
             try:
                 gpt2 = tiktoken.get_encoding('gpt2')
             except Exception as e:       # whatever tiktoken's HTTP library raises
-                raise UserError(f'the gpt2 tokenizer is downloaded once, which failed ({type(e).__name__}): '
+                raise UserError(f'the gpt2 tokenizer must be downloaded once, which failed ({type(e).__name__}): '
                                 'go online, or use --tokenizer=bpe or --tokenizer=bytes') from e
             ranks = {token.decode('latin-1'): i for token, i in gpt2._mergeable_ranks.items()}
             return cls(name, ranks, {END: gpt2.eot_token}, gpt2._pat_str)
@@ -551,8 +548,8 @@ class Tokenizer:
 
 def learn_bpe(texts, size):
     """Byte-pair encoding (1508.07909): over and over, the most frequent pair of tokens becomes a token.
-    Counts unique words and touches only those that hold the pair. Returns {token as latin-1: rank}, at most size."""
-    words = Counter(w for text in texts for w in re.findall(r' ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+', ' ' + text))
+    Counts words once, touches only those that hold the pair. Returns {token as latin-1: rank}, at most size."""
+    words = Counter(w for t in texts for w in re.findall(r' ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+', ' ' + t))
     parts, counts = [list(w.encode().decode('latin-1')) for w in words], list(words.values())
     pairs, where, ranks = Counter(), defaultdict(set), {chr(b): b for b in range(256)}
 
@@ -578,9 +575,9 @@ def learn_bpe(texts, size):
     return ranks
 
 def open_image(path, size=0, most=80_000_000):
-    """A picture file as an upright RGB image; whatever is wrong with the file becomes a UserError that names it.
+    """A picture file as an upright RGB image; whatever is wrong with it becomes a UserError that names it.
     size: pixels a side that will do, so that a larger JPEG is decoded at 1/2, 1/4 or 1/8 (Pillow's draft mode);
-    most: pixels in all, more are refused before they are decoded."""
+    most: pixels that are decoded at all."""
     try:
         with Image.open(path) as image:
             image.draft('RGB', (size, size) if size else image.size)
@@ -592,7 +589,7 @@ def open_image(path, size=0, most=80_000_000):
         raise UserError(f'{path}: not a picture that can be read ({why})') from e
 
 def to_rgb(image):
-    """Any Pillow image as upright 8-bit RGB: EXIF rotation, 16-bit grey scaled, alpha over white, first frame."""
+    """Any Pillow image as upright 8-bit RGB: EXIF rotation, deep grey scaled, alpha over white, first frame."""
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in 'IF':            # 16 or 32 bits a pixel
         high = image.getextrema()[1]
@@ -604,8 +601,8 @@ def to_rgb(image):
     return image.convert('RGB')
 
 def image_transform(cfg, augment=False):
-    """A function from any Pillow image to pixels (3,image_size,image_size), as bytes: a quarter of floats.
-    augment: random crops and colours, for training. Nothing is mirrored, since texts tell left from right."""
+    """A function from any Pillow image to bytes (3,image_size,image_size). augment: random crops and colours, for
+    training; nothing is mirrored, since texts tell left from right."""
     size, bilinear = (cfg.image_size, cfg.image_size), Image.Resampling.BILINEAR
     if augment:
         fit = v2.Compose([v2.RandomResizedCrop(size, scale=(0.5, 1.0)), v2.ColorJitter(0.3, 0.3, 0.3, 0.03)])
@@ -619,36 +616,25 @@ def encode_prompt(tokenizer, cfg, prompt):
     prompt = prompt.strip() or cfg.caption_prompt
     return tokenizer.encode(cfg.prompt_template.replace('{}', prompt)) if prompt else []
 
-class Examples(torch.utils.data.Dataset):
-    """Items (PIL image, prompt, answer) as tensors: pixels (3,H,W), ids (T,), targets (T,), -100 on the prompt.
-    Indexed by (position in the run, index): augmentation is drawn from (seed, position), in whichever process."""
-    def __init__(self, items, cfg, tokenizer, augment=False, seed=0):
-        self.items, self.cfg, self.tokenizer, self.augment, self.seed = items, cfg, tokenizer, augment, seed
-        self.transform, self.room = image_transform(cfg, augment), cfg.block_size - cfg.n_visual
-
-    def __getitem__(self, key):
-        position, index = key
-        image, prompt, answer = self.items[index]
-        with torch.random.fork_rng(devices=[], enabled=self.augment):
-            if self.augment:
-                torch.manual_seed(self.seed * 1_000_003 + position)
-            pixels = self.transform(image)
-        prompt = encode_prompt(self.tokenizer, self.cfg, prompt)[:self.room // 2]
-        answer = (self.tokenizer.encode(' ' + answer.strip()) + [self.tokenizer.eos])[:self.room - len(prompt)]
-        return pixels, torch.tensor(prompt + answer), torch.tensor([-100] * len(prompt) + answer)
-
-def collate(batch):
-    """Examples -> images (B,3,H,W), input_ids (B,T), targets (B,T): padded on the right, where causality hides it."""
-    images, ids, targets = zip(*batch)
-    return torch.stack(images), pad_sequence(ids, True), pad_sequence(targets, True, -100)
+def collate(items, cfg, tokenizer, transform):
+    """Items (image, prompt, answer) -> transformed images (B,3,H,W), input_ids (B,T), targets (B,T), -100 where
+    nothing is scored: on prompts, and on the padding to the right, which causality hides."""
+    room, ids, targets = cfg.block_size - cfg.n_visual, [], []
+    for _, prompt, answer in items:
+        prompt = encode_prompt(tokenizer, cfg, prompt)[:room // 2]
+        answer = (tokenizer.encode(' ' + answer.strip()) + [tokenizer.eos])[:room - len(prompt)]
+        ids.append(torch.tensor(prompt + answer))
+        targets.append(torch.tensor([-100] * len(prompt) + answer))
+    images = torch.stack([transform(image) for image, _, _ in items])
+    return images, pad_sequence(ids, True), pad_sequence(targets, True, -100)
 
 # 10. Data ---------------------------------------------------------------------------------------------------
 
 COLORS = {'red': (225, 40, 40), 'green': (40, 170, 70), 'blue': (40, 80, 225), 'yellow': (240, 215, 40),
           'orange': (245, 135, 25), 'purple': (145, 55, 190), 'cyan': (60, 205, 225), 'black': (35, 35, 35)}
 SHAPES = {  # corners: degrees clockwise from the top, and distance from the centre in radii
-    'circle': [(turn, 1) for turn in range(0, 360, 10)], 'square': [(turn, 1.15) for turn in (45, 135, 225, 315)],
-    'triangle': [(turn, 1) for turn in (0, 120, 240)], 'diamond': [(0, 1.1), (90, 0.7), (180, 1.1), (270, 0.7)],
+    'circle': [(turn, 1) for turn in range(0, 360, 10)], 'square': [(turn, 1.15) for turn in range(45, 360, 90)],
+    'triangle': [(turn, 1) for turn in range(0, 360, 120)], 'diamond': [(0, 1.1), (90, 0.7), (180, 1.1), (270, 0.7)],
     'star': [(36 * i, (1.05, 0.42)[i % 2]) for i in range(10)],
     'cross': [(90 * i + turn, far) for i in range(4) for turn, far in ((-17, 1.05), (17, 1.05), (45, 0.42))]}
 SIZES = {'small': (0.10, 0.115), 'large': (0.155, 0.18)}         # radii, in picture widths
@@ -659,8 +645,8 @@ QUESTIONS = ('count', 'color', 'shape', 'exists', 'side', 'choice')
 
 class Shapes(torch.utils.data.Dataset):
     """Drawn scenes of one to three things, captions and questions, each made from (seed, split, index) alone.
-    Items are (PIL image, prompt, answer). Splits 'train' and 'val' have no UNSEEN pair in pictures or words, each
-    thing in split 'novel' is one. kind: 'mixed', 'caption', 'question' or one of QUESTIONS."""
+    Items: (PIL image, prompt, answer). 'train' and 'val' have no UNSEEN pair in pictures or words, each thing in
+    split 'novel' is one. kind: 'mixed', 'caption', 'question' or one of QUESTIONS."""
     def __init__(self, split, seed=0, kind='mixed', pixels=128):
         self.split, self.seed, self.kind, self.pixels = split, seed, kind, pixels
         pairs = [f'{color} {shape}' for color in COLORS for shape in SHAPES]
@@ -689,15 +675,16 @@ class Shapes(torch.utils.data.Dataset):
                 pair, size = rng.choice(self.pairs), rng.choice(('small', 'large'))
                 things.append(SimpleNamespace(pair=pair, color=pair.split()[0], shape=pair.split()[1], size=size,
                                               place=place, x=x, y=y, r=rng.uniform(*SIZES[size])))
-            if all(t is u or math.hypot(t.x - u.x, t.y - u.y) > t.r + u.r + 0.01 for t in things for u in things):
+            if all(t is u or math.hypot(t.x - u.x, t.y - u.y) > t.r + u.r + 0.01
+                   for t in things for u in things):
                 return things
 
     def draw(self, scene, rng):
         image = Image.new('RGB', (self.pixels, self.pixels), tuple(rng.randint(225, 255) for _ in range(3)))
         for t in scene:
             shade = tuple(min(255, max(0, v + rng.randint(-18, 18))) for v in COLORS[t.color])
-            corners = [(t.x + t.r * far * math.sin(math.radians(turn)), t.y - t.r * far * math.cos(math.radians(turn)))
-                       for turn, far in SHAPES[t.shape]]
+            corners = [(t.x + t.r * far * math.sin(math.radians(turn)),
+                        t.y - t.r * far * math.cos(math.radians(turn))) for turn, far in SHAPES[t.shape]]
             ImageDraw.Draw(image).polygon([(x * self.pixels, y * self.pixels) for x, y in corners], shade)
         return image
 
@@ -710,9 +697,9 @@ class Shapes(torch.utils.data.Dataset):
             return '', f'{", ".join(most)} and {last}' if most else last
         if kind == 'count':
             what = rng.choice(('object', t.color, t.shape, rng.choice(list(COLORS)), rng.choice(list(SHAPES))))
-            plural = {'object': 'objects', 'cross': 'crosses'}.get(what, what + 's' if what in SHAPES else what + ' objects')
+            noun = what + ' objects' if what in COLORS else 'crosses' if what == 'cross' else what + 's'
             n = sum(what in ('object', t.color, t.shape) for t in scene)
-            return f'how many {plural} are there?', ('zero', 'one', 'two', 'three')[n]
+            return f'how many {noun} are there?', ('zero', 'one', 'two', 'three')[n]
         if kind == 'color' and sum(t.shape in pair for pair in pairs) == 1:
             return f'what color is the {t.shape}?', t.color
         if kind == 'shape' and sum(t.color in pair for pair in pairs) == 1:
@@ -729,7 +716,7 @@ class Shapes(torch.utils.data.Dataset):
             return 'which is in the picture: {}, {} or {}?'.format(*options), t.pair
 
 def read_captions(path):
-    """Yields (image name, prompt, answer) of a caption file: .csv, .txt, .jsonl, COCO's .json or LLaVA's .json."""
+    """Yields (image name, prompt, answer) of a caption file: .csv, .txt, .jsonl, COCO's or LLaVA's .json."""
     with open(path, encoding='utf-8-sig', newline='') as f:
         if path.endswith('.jsonl'):
             rows = [json.loads(line) for line in f if line.strip()]
@@ -737,12 +724,12 @@ def read_captions(path):
             rows = list(csv.DictReader(f))
         elif isinstance(data := json.load(f), dict):
             files = {image['id']: image['file_name'] for image in data['images']}
-            rows = [{'image': files.get(a['image_id'], f'image {a["image_id"]}'), **a} for a in data['annotations']]
+            rows = [{'image': files.get(a['image_id'], a['image_id']), **a} for a in data['annotations']]
         else:                            # LLaVA: each question with its answer is an item
-            rows = [{'image': talk.get('image'), 'prompt': q['value'].replace('<image>', ''), 'answer': a['value']}
+            rows = [{'image': talk['image'], 'prompt': q['value'].replace('<image>', ''), 'answer': a['value']}
                     for talk in data for q, a in zip(talk['conversations'][::2], talk['conversations'][1::2])]
     for n, row in enumerate(rows, 1):
-        image, prompt, answer = row.get('image'), row.get('prompt') or '', row.get('caption') or row.get('answer')
+        image, prompt, answer = row.get('image'), row.get('prompt', ''), row.get('caption') or row.get('answer')
         if not image or not answer or ('caption' not in row and not prompt):
             raise UserError(f'{path}, row {n}: wanted image and caption, or image, prompt and answer; '
                             f'found {", ".join(str(k) for k in row if k)}')
@@ -750,8 +737,8 @@ def read_captions(path):
 
 class CaptionedImages(torch.utils.data.Dataset):
     """Items (PIL image, prompt, answer) from rows (image name, prompt, answer) and the folder of the images.
-    Rows lie in one block of bytes, which worker processes share without copies. An image that cannot be read is
-    named once, counted in bad, and its row replaced by the next."""
+    Rows lie in one block of bytes, which worker processes share. An image that cannot be read is named once,
+    counted in bad, and its row replaced by the next."""
     def __init__(self, rows, folder, source, size=0):
         self.folder, self.source, self.size = folder, source, size
         self.names = sorted({image for image, _, _ in rows})
@@ -773,46 +760,45 @@ class CaptionedImages(torch.utils.data.Dataset):
             number, prompt, answer = self.row(i % len(self))
             if not self.bad[number]:
                 try:
-                    return open_image(os.path.join(self.folder, self.names[number]), self.size), prompt, answer
+                    path = os.path.join(self.folder, self.names[number])
+                    return open_image(path, self.size), prompt, answer
                 except UserError as e:
                     self.bad[number] = 1
                     print(f'skipped: {e}', file=sys.stderr)
         raise UserError(f'{self.source}: not one of its {len(self.names)} images can be read')
 
 def make_dataset(spec, split='train', image_dir='', val_spec='', size=0, seed=0):
-    """'shapes', a caption file, or a folder of class-named folders -> a data set of (PIL image, prompt, answer).
-    split: 'train' or 'val', for shapes also 'novel'. Without val_spec a fixed 5 % of the images, with all rows of
-    each, are held out. image_dir: where the images are, if not beside the file or in images/ there."""
+    """'shapes', a caption file, or a folder of class-named folders -> items (PIL image, prompt, answer).
+    split: 'train' or 'val', for shapes also 'novel'. Without val_spec a fixed 5 % of the images, with all their
+    rows, are held out. image_dir: where the images are, if not beside the file or in images/ there."""
     if spec == 'shapes':
         return Shapes(split, seed)
     path = val_spec if split == 'val' and val_spec else spec
-    if os.path.isdir(path):
-        files = sorted(os.path.join(d, name) for d, _, names in os.walk(path) for name in names)
-        rows = [(os.path.relpath(f, path), 'what is this?', os.path.basename(os.path.dirname(f)).replace('_', ' '))
-                for f in files if f.lower().endswith(tuple(Image.registered_extensions()))]
-    elif os.path.isfile(path):
-        try:
-            rows = list(read_captions(path))
-        except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, KeyError, TypeError, AttributeError) as e:
-            raise UserError(f'{path} is not a caption file as the README describes: {type(e).__name__} {e}') from e
-    else:
-        raise UserError(f'dataset {path} is neither "shapes" nor a file nor a folder that exists')
-    # which images are there, and where
     beside = path if os.path.isdir(path) else os.path.dirname(path)
+    try:
+        if os.path.isdir(path):
+            files = [os.path.join(d, name) for d, _, names in os.walk(path) for name in names]
+            rows = [(os.path.relpath(f, path), 'what is this?', os.path.basename(os.path.dirname(f)).replace('_', ' '))
+                    for f in sorted(files) if f.lower().endswith(tuple(Image.registered_extensions()))]
+        else:
+            rows = list(read_captions(path))
+    except OSError as e:
+        raise UserError(f'dataset={path} is neither shapes nor a file nor a folder that can be read') from e
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f'{path} is not a caption file as the README has them: {type(e).__name__} {e}') from e
     names = sorted({row[0] for row in rows})
-    folder = next((d for d in ([image_dir] if image_dir else [beside, f'{beside}/images', f'{beside}/Images'])
-                   if any(os.path.isfile(os.path.join(d, name)) for name in names)), None)
-    if folder is None:
-        raise UserError(f'{path} names {len(names)} images, and none is in {image_dir or beside or "."}; '
-                        '--image_dir says where they are')
-    missing = {name for name in names if not os.path.isfile(os.path.join(folder, name))}
+    folders = [image_dir] if image_dir else [beside, f'{beside}/images', f'{beside}/Images']
+    found = [{name for name in names if os.path.isfile(os.path.join(folder, name))} for folder in folders]
+    there, folder = max(zip(found, folders), key=lambda pair: len(pair[0]))
+    missing = sorted(set(names) - there)
+    if not there:
+        raise UserError(f'{path} names {len(names)} images, and none is in {folder}; --image_dir says where they are')
     if missing:
-        print(f'{"WARNING: " if len(missing) > len(names) / 100 else ""}{path}: {len(missing)} of {len(names)} images '
-              f'are missing and skipped: {", ".join(sorted(missing)[:3])} ...', file=sys.stderr)
-    if not val_spec and len(names) > 1:
-        held_out = set(random.Random(1337).sample(names, max(1, len(names) // 20)))
-        rows = [row for row in rows if (row[0] in held_out) == (split == 'val')]
-    return CaptionedImages([row for row in rows if row[0] not in missing], folder, path, size)
+        print(f'{"WARNING: " * (len(missing) > len(names) / 100)}{path}: {len(missing)} of {len(names)} images are '
+              f'missing and skipped: {", ".join(missing[:3])} ...', file=sys.stderr)
+    held_out = set(names if val_spec else random.Random(1337).sample(names, max(1, len(names) // 20)))
+    rows = [row for row in rows if row[0] in there and (val_spec or (row[0] in held_out) == (split == 'val'))]
+    return CaptionedImages(rows, folder, path, size)
 
 # 11. Command line -------------------------------------------------------------------------------------------
 
