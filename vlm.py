@@ -5,42 +5,33 @@ A minimal vision-language model: one file that turns an image and a question int
       | stem: cut into patches, or convolve                | tokenizer
       | VisionEncoder: each patch looks at all             |
       | MultimodalProjection: to the decoder's width       | embedding
-      v                                                    v
     [ v1 v2 ... vN ][ t1 t2 ... tT ]   one sequence: visual tokens first, then text
                    | LanguageDecoder: each token looks at itself and at what is before it
-                   v
     logits over the vocabulary -> sample_top_p -> the next token, again and again: "red"
 
-One Attention, one MLP and one Block serve eye and mouth: ViT, SigLIP, GPT-2 and SmolLM2 differ only in a
-TransformerConfig. Contents: 1 config, 2 building blocks, 3 the eye, 4 the joint, 5 the mouth, 6 the model,
-7 sampling, 8 checkpoints, 9 text and pixels, 10 data, 11 command line. Left out: beam search, image tiles,
+Contents: 1 config, 2 building blocks, 3 the eye, 4 the joint, 5 the mouth, 6 the model, 7 sampling,
+8 checkpoints, 9 text and pixels, 10 data, 11 command line. One Attention, one MLP and one Block serve eye and
+mouth: ViT, SigLIP, GPT-2 and SmolLM2 differ only in a TransformerConfig. Left out: beam search, image tiles,
 quantisation, several images in a prompt.
-
 Letters in shapes: B batch, T text tokens, N visual tokens, S tokens in a sequence, C channels, H heads,
 K key/value heads, D channels a head, V vocabulary.
-
 Papers (arXiv): ViT 2010.11929, SigLIP 2303.15343, LLaVA 2304.08485, Perceiver resampler 2204.14198, GPT-2
 (Radford 2019), Llama 2302.13971, RoPE 2104.09864, grouped queries 2305.13245, SwiGLU 2002.05202.
 """
-import argparse, codecs, csv, difflib, json, math, operator, os, random, re, sys
-from collections import Counter, defaultdict
+import argparse, codecs, contextlib, csv, difflib, functools, json, math, operator, os, random, re, sys, types
+from collections import Counter, OrderedDict, defaultdict
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from types import SimpleNamespace
-
 import tiktoken, torch, torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint as recompute
 from torchvision.transforms import v2
 
 class UserError(ValueError):
     """What a user typed, or a file holds, is wrong: the runners print one line, without a traceback."""
 
 # 1. Config --------------------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class TransformerConfig:
     """One stack of blocks, the eye's or the mouth's."""
@@ -59,7 +50,7 @@ class TransformerConfig:
 
     def __post_init__(self):
         if self.n_embd % self.n_head or self.n_head % (self.n_kv_head or self.n_head):
-            raise UserError(f'n_embd={self.n_embd} must divide by n_head={self.n_head}, and that by n_kv_head')
+            raise UserError(f'n_embd={self.n_embd} must divide by n_head={self.n_head}, that by n_kv_head')
 
 @dataclass(frozen=True)
 class VLMConfig:
@@ -86,49 +77,43 @@ class VLMConfig:
     prompt_template: str = '{}'      # how a prompt is put to the model
     caption_prompt: str = ''         # the prompt that asks for a caption
 
-    cell = property(lambda self: self.patch_size if self.encoder == 'vit' else 32)
-    grid = property(lambda self: self.image_size // self.cell)
-    factor = property(lambda self: self.shuffle_factor if self.projection == 'pixel_shuffle' else 1)
-    n_visual = property(lambda self: self.n_latents if self.projection == 'perceiver'
-                        else (self.grid // self.factor) ** 2)
+    cell = property(lambda c: c.patch_size if c.encoder == 'vit' else 32)
+    grid = property(lambda c: c.image_size // c.cell)
+    factor = property(lambda c: c.shuffle_factor if c.projection == 'pixel_shuffle' else 1)
+    n_visual = property(lambda c: c.n_latents if c.projection == 'perceiver' else (c.grid // c.factor) ** 2)
 
     def __post_init__(self):
-        if self.image_size % (self.cell * self.factor):
-            raise UserError(f'image_size={self.image_size} must be a multiple of {self.cell * self.factor}')
-        if self.block_size <= self.n_visual:
-            raise UserError(f'block_size={self.block_size} must exceed the {self.n_visual} tokens of an image')
+        if self.image_size % (self.cell * self.factor) or self.block_size <= self.n_visual:
+            raise UserError(f'image_size={self.image_size} must divide by {self.cell * self.factor}, and '
+                            f'block_size={self.block_size} exceed the {self.n_visual} tokens of an image')
 
 def from_scratch(n_embd, eye_layers, mouth_layers, dropout=0.0, **more):
-    """The shape that learned fastest from nothing: convolutional stem, no biases, one scale at the decoder."""
+    """The shape that learned fastest from nothing: convolutional stem, no biases, one scale at the mouth."""
     eye = TransformerConfig(eye_layers, n_embd // 32, n_embd, bias=False, dropout=dropout)
     return VLMConfig(eye, replace(eye, n_layer=mouth_layers), stem='conv', patch_size=8, input_norm=True,
                      projection='pixel_shuffle', projection_bias=False, tokenizer='bpe', **more)
 
 SMOLLM2 = TransformerConfig(30, 9, 576, n_kv_head=3, n_hidden=1536, norm='rms', norm_eps=1e-5, bias=False,
                             activation='swiglu', position='rope', rope_base=100000.0)
-PRESETS = {
-    # 1.4M parameters learn drawn shapes on a laptop, 20M learn photos on one GPU, both from nothing
+PRESETS = {  # tiny: 1.4M parameters learn drawn shapes on a laptop; small: 20M learn photos on one GPU
     'tiny': from_scratch(128, 1, 4, image_size=64, vocab_size=512, block_size=80),
     'small': from_scratch(384, 4, 6, dropout=0.1, image_size=128, vocab_size=4096, block_size=192),
-    # 213M: ViT-B/16, two-layer projection, GPT-2
-    'base': VLMConfig(TransformerConfig(), TransformerConfig(norm_eps=1e-5, activation='gelu_tanh'), class_token=True,
+    # base: 213M, ViT-B/16, MLP, GPT-2; nanovlm: 222M, SigLIP-B/16, pixel shuffle, SmolLM2-135M
+    'base': VLMConfig(text=TransformerConfig(norm_eps=1e-5, activation='gelu_tanh'), class_token=True,
                       image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225), image_resize='crop'),
-    # 222M: SigLIP-B/16, pixel shuffle, SmolLM2-135M
     'nanovlm': VLMConfig(TransformerConfig(activation='gelu_tanh'), SMOLLM2, projection='pixel_shuffle',
                          projection_bias=False, image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0),
                          vocab_size=49152, tokenizer='tokenizer.json', prompt_template='Question: {} Answer:',
                          caption_prompt='What is in this image?')}
 
 # 2. Building blocks -----------------------------------------------------------------------------------------
-
 def make_norm(cfg):
-    rms = cfg.norm == 'rms'
-    return nn.RMSNorm(cfg.n_embd, cfg.norm_eps) if rms else nn.LayerNorm(cfg.n_embd, cfg.norm_eps, bias=cfg.bias)
+    width, eps = cfg.n_embd, cfg.norm_eps
+    return nn.RMSNorm(width, eps) if cfg.norm == 'rms' else nn.LayerNorm(width, eps, bias=cfg.bias)
 
 def rope_table(length, dim, base):
     """Cosine and sine of each position's angles, (2,length,dim/2): some pairs turn fast, some slowly."""
-    frequency = base ** (-torch.arange(0, dim, 2).float() / dim)
-    angle = torch.outer(torch.arange(length).float(), frequency)
+    angle = torch.outer(torch.arange(length).float(), base ** (-torch.arange(0, dim, 2).float() / dim))
     return torch.stack([angle.cos(), angle.sin()])
 
 def rotate(x, rope):
@@ -151,20 +136,18 @@ class Attention(nn.Module):
     def __init__(self, cfg, causal=False):
         super().__init__()
         self.n_head, self.n_kv_head, self.causal = cfg.n_head, cfg.n_kv_head or cfg.n_head, causal
-        self.head_dim = cfg.n_embd // cfg.n_head
+        self.head_dim, self.maps = cfg.n_embd // cfg.n_head, None     # maps: a list collects each call's map
         self.q = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
         self.kv = nn.Linear(cfg.n_embd, 2 * self.n_kv_head * self.head_dim, bias=cfg.bias)
         self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
-        self.maps = None                 # a list here collects the attention map of each call
 
     def forward(self, x, context=None, mask=None, rope=None, cache=None):
-        """x (B,T,C) asks, context (B,S,C) or x itself answers; mask: see attend. Returns (B,T,C).
-        cache: keys and values (2,B,K,length,D) and how many are known; those of x are added, and all are looked at."""
+        """x (B,T,C) asks, context (B,S,C) or x itself answers; mask: see attend. Returns (B,T,C). cache: keys
+        and values (2,B,K,length,D) and how many are known; those of x are added, and all are looked at."""
         B, T, C = x.shape
         context, D, groups = x if context is None else context, self.head_dim, self.n_head // self.n_kv_head
-        q = self.q(x).view(B, T, self.n_head, D).transpose(1, 2)                                # (B,H,T,D)
-        kv = self.kv(context).view(B, -1, 2 * self.n_kv_head, D).transpose(1, 2)
-        k, v = kv.chunk(2, dim=1)                                                               # (B,K,S,D)
+        q = self.q(x).unflatten(-1, (-1, D)).transpose(1, 2)                                   # (B,H,T,D)
+        k, v = self.kv(context).unflatten(-1, (-1, D)).transpose(1, 2).chunk(2, dim=1)         # (B,K,S,D)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
@@ -204,8 +187,7 @@ class Block(nn.Module):
     def __init__(self, cfg, causal=False):
         super().__init__()
         self.norm1, self.attn = make_norm(cfg), Attention(cfg, causal)
-        self.norm2, self.mlp = make_norm(cfg), MLP(cfg)
-        self.drop = nn.Dropout(cfg.dropout)
+        self.norm2, self.mlp, self.drop = make_norm(cfg), MLP(cfg), nn.Dropout(cfg.dropout)
 
     def forward(self, x, **look):
         x = x + self.drop(self.attn(self.norm1(x), **look))
@@ -217,26 +199,23 @@ class Transformer(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(cfg, causal) for _ in range(cfg.n_layer))
         self.norm, self.drop = make_norm(cfg), nn.Dropout(cfg.dropout)
-        self.grad_checkpointing = False  # keep only what enters each block; going backward, compute the rest again
+        self.grad_checkpointing = False  # keep what enters each block, compute the rest again going backward
 
     def run(self, x, cache=None, **look):
         x = self.drop(x)
         for i, block in enumerate(self.blocks):
             if self.grad_checkpointing and self.training:
-                x = recompute(block, x, use_reentrant=False, **look)
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, **look)
             else:
                 x = block(x, cache=cache and (cache[0][i], cache[1]), **look)
         return self.norm(x)
 
 # 3. The eye -------------------------------------------------------------------------------------------------
-
 def conv_stem(width, patch_size):
-    """Convolutions from pixels (B,3,h,w) to features (B,width,h/patch_size,w/patch_size).
-    Max-pooling keeps the strongest edge where strides and averages blur it: small shapes are learned sooner."""
+    """(B,3,h,w) -> (B,width,h/patch_size,w/patch_size). Max-pooling keeps the edges that averages blur."""
     if patch_size not in (4, 8, 16, 32):
         raise UserError(f'a convolutional stem halves: patch_size={patch_size} must be 4, 8, 16 or 32')
-    halvings = int(math.log2(patch_size))
-    widths = [width >> min(2, halvings - 1 - i) for i in range(halvings)]
+    widths = [width // 4, width // 4, width // 4, width // 2, width][-int(math.log2(patch_size)):]
     layers = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.GELU()]
     for a, b in zip(widths, widths[1:]):
         layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(b), nn.GELU()]
@@ -246,34 +225,29 @@ class VisionEncoder(Transformer):
     """ViT or SigLIP: an image becomes a grid of patches, and each patch looks at all."""
     def __init__(self, cfg):
         super().__init__(cfg.vision)
-        self.width = C = cfg.vision.n_embd
-        p = cfg.patch_size
-        self.stem = conv_stem(C, p) if cfg.stem == 'conv' else nn.Conv2d(3, C, p, stride=p)
-        self.class_token = nn.Parameter(torch.zeros(1, 1, C)) if cfg.class_token else None
-        self.position = nn.Parameter(torch.zeros(cfg.grid ** 2 + cfg.class_token, C))
+        self.width, p = cfg.vision.n_embd, cfg.patch_size
+        self.stem = conv_stem(self.width, p) if cfg.stem == 'conv' else nn.Conv2d(3, self.width, p, stride=p)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, self.width)) if cfg.class_token else None
+        self.position = nn.Parameter(torch.zeros(cfg.grid ** 2 + cfg.class_token, self.width))
 
     def forward(self, images):
         """images (B,3,H,W), normalised -> features (B,grid*grid,C), row by row."""
-        x = self.stem(images).flatten(2).transpose(1, 2)         # (B,C,h,w) -> (B,h*w,C)
+        patches = x = self.stem(images).flatten(2).transpose(1, 2)       # (B,C,h,w) -> (B,h*w,C)
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
-        x = self.run(x + self.position)
-        return x if self.class_token is None else x[:, 1:]
+        return self.run(x + self.position)[:, -patches.size(1):]         # without the class token
 
 class ResNetEncoder(nn.Sequential):
     """torchvision's ResNet up to its last feature map, as a grid of features (B,H/32*W/32,512 or 2048)."""
     def __init__(self, cfg):
-        super().__init__()
         net = getattr(torchvision.models, cfg.encoder)(weights=None)
+        super().__init__(OrderedDict(list(net.named_children())[:-2]))   # all but pooling and classifier
         self.width = net.fc.in_features
-        for name, module in list(net.named_children())[:-2]:     # all but pooling and classifier
-            self.add_module(name, module)
 
     def forward(self, images):
         return super().forward(images).flatten(2).transpose(1, 2)
 
 # 4. The joint -----------------------------------------------------------------------------------------------
-
 class MultimodalProjection(nn.Module):
     """The eye's features as tokens of the decoder's width: (B,grid*grid,width) -> (B,N,C)."""
     def __init__(self, cfg, width):
@@ -282,8 +256,7 @@ class MultimodalProjection(nn.Module):
         eye, mouth, hidden = width * self.factor ** 2, cfg.text.n_embd, cfg.projection_hidden
         self.proj, self.resampler = nn.Linear(eye, mouth, bias=bias), None
         if cfg.projection == 'mlp':              # LLaVA 1.5
-            self.proj = nn.Sequential(nn.Linear(eye, hidden, bias=bias), nn.GELU(),
-                                      nn.Linear(hidden, mouth, bias=bias))
+            self.proj = nn.Sequential(nn.Linear(eye, hidden, bias), nn.GELU(), nn.Linear(hidden, mouth, bias))
         if cfg.projection == 'perceiver':        # Flamingo: a few learned queries look at the features
             self.latents, self.norm = nn.Parameter(torch.zeros(cfg.n_latents, mouth)), make_norm(cfg.text)
             self.resampler = Transformer(replace(cfg.text, n_layer=2))
@@ -298,15 +271,14 @@ class MultimodalProjection(nn.Module):
         return x
 
 # 5. The mouth -----------------------------------------------------------------------------------------------
-
 class LanguageDecoder(Transformer):
     """GPT-2 or Llama, by config alone. It takes embeddings, not ids: an image has no ids."""
     def __init__(self, cfg):
         super().__init__(cfg.text, causal=True)
         C, self.learned = cfg.text.n_embd, cfg.text.position == 'learned'
-        self.embedding = nn.Embedding(cfg.vocab_size, C)
-        self.head = nn.Linear(C, cfg.vocab_size, bias=False)
+        self.embedding, self.head = nn.Embedding(cfg.vocab_size, C), nn.Linear(C, cfg.vocab_size, bias=False)
         self.head.weight = self.embedding.weight                 # tied
+        self.scale = nn.LayerNorm(C, elementwise_affine=False) if cfg.input_norm else nn.Identity()
         if self.learned:
             self.position = nn.Parameter(torch.zeros(cfg.block_size, C))
         else:
@@ -320,7 +292,6 @@ class LanguageDecoder(Transformer):
         return self.run(x, cache, mask=mask, rope=self.rope[:, positions].unsqueeze(-3))      # (2,..,1,S,D/2)
 
 # 6. The whole model -----------------------------------------------------------------------------------------
-
 class MinimalVLM(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -341,78 +312,68 @@ class MinimalVLM(nn.Module):
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
 
-    def scale(self, x):
-        return F.layer_norm(x, x.shape[-1:]) if self.cfg.input_norm else x
-
     def see(self, images):
-        """images (B,3,H,W) or (3,H,W), bytes or normalised floats -> visual tokens (B,N,C)."""
+        """images (B,3,H,W) or (3,H,W), bytes or normalised floats -> visual tokens (B,N,C); None: (1,0,C)."""
+        if images is None:
+            return self.decoder.head.weight.new_zeros(1, 0, self.cfg.text.n_embd)
         images, size = images if images.dim() == 4 else images[None], self.cfg.image_size
-        assert images.shape[1:] == (3, size, size), f'image_transform makes (3, {size}, {size}), not {images.shape}'
+        assert images.shape[1:] == (3, size, size), f"{images.shape} is not image_transform's {size} x {size}"
         if images.dtype == torch.uint8:
             images = v2.functional.normalize(images.float() / 255, self.cfg.image_mean, self.cfg.image_std)
-        return self.scale(self.projection(self.vision(images.to(self.decoder.head.weight.dtype))))
+        return self.decoder.scale(self.projection(self.vision(images.to(self.decoder.head.weight.dtype))))
 
     def read(self, input_ids):
-        """input_ids (...,T) -> embeddings (...,T,C)."""
-        return self.scale(self.decoder.embedding(input_ids))
+        return self.decoder.scale(self.decoder.embedding(input_ids))     # (...,T) -> (...,T,C)
 
     def hidden(self, images, input_ids):
         """Decoder states (B,N+T,C) over images, one for each text or one for all, and texts (B,T); and N."""
-        x, N = self.read(input_ids), 0                           # (B,T,C)
-        if images is not None:
-            visual = self.see(images)
-            x, N = torch.cat([visual.expand(len(x), -1, -1), x], dim=1), visual.size(1)
+        visual, x = self.see(images), self.read(input_ids)       # (B,N,C) or (1,N,C), and (B,T,C)
+        x = torch.cat([visual.expand(len(x), -1, -1), x], dim=1)
         if x.size(1) > self.cfg.block_size:
             raise UserError(f'{x.size(1)} tokens with the image exceed block_size={self.cfg.block_size}')
-        return self.decoder(x, torch.arange(x.size(1), device=x.device)), N
+        return self.decoder(x, torch.arange(x.size(1), device=x.device)), visual.size(1)
 
-    def forward(self, images, input_ids, targets=None, return_logits=True):
-        """One pass over images and texts that are known, to train or to score.
-        images: see see(), None for the bare language model; input_ids (B,T) or (T,); targets: input_ids where
-        the model is scored, -100 elsewhere. Returns logits (B,T,V), row t about what follows text token t, and
-        the loss in nats a scored token, None without targets; return_logits=False never builds the logits."""
-        h, N = self.hidden(images, torch.atleast_2d(input_ids))
-        loss = None
+    def forward(self, images, input_ids, targets=None, return_logits=True, balance=0.0):
+        """Reads images (see see()) and known texts, input_ids (B,T) or (T,); targets: these, or -100.
+        Returns logits (B,T,V) or None, row t about what follows text token t, and the loss in nats a scored
+        token or None. balance: a token weighs n ** -balance, n being the scored tokens of its row."""
+        (h, N), loss = self.hidden(images, torch.atleast_2d(input_ids)), None
         if targets is not None:
-            # the one shift: state s predicts token s + 1, so the last visual state predicts the first of the
-            # text. Only states that are scored meet the head, which is as wide as the vocabulary
-            labels = F.pad(targets.view(len(h), -1), (N, 0), value=-100)[:, 1:]         # (B,N+T-1)
+            # the one shift: state s predicts token s + 1; only scored states meet the head, which is wide
+            labels = F.pad(targets.view(len(h), -1), (N, 1), value=-100)[:, 1:]         # (B,N+T)
             scored = labels != -100
-            loss = F.cross_entropy(self.decoder.head(h[:, :-1][scored]).float(), labels[scored])
+            nats = F.cross_entropy(self.decoder.head(h[scored]).float(), labels[scored], reduction='none')
+            weight = scored.sum(1, keepdim=True).float().pow(-balance).expand_as(scored)[scored]
+            loss = (nats * weight).sum() / weight.sum()
         return (self.decoder.head(h[:, N:]) if return_logits else None), loss
 
     @torch.no_grad()
     def stream(self, images, prompt_ids, max_new_tokens=50, temperature=1.0, top_p=1.0, top_k=0, stop=None,
                use_cache=True, num_samples=1):
         """Generates: yields the next token of each row, (B * num_samples, 1), as soon as it is known.
-        images: see see(), or None; prompt_ids (B,T), (T,), or a list of B prompts (T_i,) of any lengths. A row
-        that met its stop id repeats it until all have. Images and prompts are read once for all samples.
-        use_cache=False computes all again at each token: slow, and the same."""
-        was_training = self.training
-        self.eval()
-        try:
+        images: see see(); prompt_ids (B,T), (T,), or a list of B prompts (T_i,). A row that met its stop id
+        repeats it until all have. use_cache=False computes all again at each token: slow, and the same."""
+        with contextlib.ExitStack() as afterwards:
+            afterwards.callback(self.train, self.training)
+            self.eval()
             # 1. prompts behind their images, the shorter ones padded on the far left
             prompts = prompt_ids if isinstance(prompt_ids, list) else torch.atleast_2d(prompt_ids)
-            rows = [self.read(ids) for ids in prompts]
-            if images is not None:
-                visual = self.see(images).expand(len(rows), -1, -1)
-                rows = [torch.cat(pair) for pair in zip(visual, rows)]
+            visual = self.see(images).expand(len(prompts), -1, -1)
+            rows = [torch.cat([v, self.read(ids)]) for v, ids in zip(visual, prompts)]
             x, shortest = pad_sequence(rows, batch_first=True, padding_side='left'), min(map(len, rows))
-            if not 0 < shortest <= x.size(1) < self.cfg.block_size:
-                raise UserError(f'a prompt has {shortest if shortest == 0 else x.size(1)} tokens with the image: '
-                                f'at least 1 is needed, and fewer than block_size={self.cfg.block_size}')
-            padding = torch.tensor([[x.size(1) - len(row)] for row in rows], device=x.device)   # (B,1)
             S, end = x.size(1), min(x.size(1) + max_new_tokens, self.cfg.block_size)
+            if not 0 < shortest <= S < self.cfg.block_size:
+                raise UserError(f'a prompt has {shortest and S} tokens with the image: at least 1 is needed, '
+                                f'and fewer than block_size={self.cfg.block_size}')
+            padding = torch.tensor([[S - len(row)] for row in rows], device=x.device)           # (B,1)
             attn, steps, kv = self.decoder.blocks[0].attn, torch.arange(end, device=x.device), None
             if use_cache:                # the memory of all layers, taken once: (layer,2,B,K,end,D)
                 kv = x.new_zeros(len(self.decoder.blocks), 2, len(x), attn.n_kv_head, end, attn.head_dim)
-
             def look(x, S):              # x is the last of S tokens; padding has no position and is not seen
                 query, key = steps[S - x.size(1):S], steps[:S]
                 mask = (key <= query[:, None]) & (key >= padding[:, :, None]) | (key == query[:, None])
                 cache = None if kv is None else (kv, S - x.size(1))              # mask (B,T,S)
                 return self.decoder(x, (query - padding).clamp(min=0), mask[:, None], cache)
-
             # 2. read them, remember keys and values, and share these among the samples
             h = look(x, S)
             x, h, padding = (t.repeat_interleave(num_samples, 0) for t in (x, h, padding))
@@ -429,8 +390,6 @@ class MinimalVLM(nn.Module):
                     break
                 x = self.read(token) if use_cache else torch.cat([x, self.read(token)], dim=1)
                 h = look(x, S)
-        finally:
-            self.train(was_training)
 
     def generate(self, images, prompt_ids, stop=None, num_samples=1, **options):
         """stream(), collected: (B * num_samples, T+new) ids; for a list of prompts a list of (T_i+new_i,), in
@@ -451,19 +410,15 @@ class MinimalVLM(nn.Module):
         was_training = self.training
         self.eval()
         ids = pad_sequence([torch.cat([prompt_ids, choice]) for choice in choices], batch_first=True)
-        h, _ = self.hidden(image, ids)
-        T = ids.size(1) - len(prompt_ids)
-        logp = self.decoder.head(h[:, -T - 1:-1]).float().log_softmax(-1)               # (n,T,V)
-        logp = logp.gather(-1, ids[:, -T:, None]).squeeze(-1)
+        targets = pad_sequence(choices, batch_first=True, padding_value=-100)                   # (n,T)
+        logits = self.decoder.head(self.hidden(image, ids)[0][:, -targets.size(1) - 1:-1]).float()  # (n,T,V)
         self.train(was_training)
-        return torch.stack([row[:len(choice)].sum() for row, choice in zip(logp, choices)])
+        return -F.cross_entropy(logits.transpose(1, 2), targets, reduction='none').sum(1)
 
 # 7. Sampling ------------------------------------------------------------------------------------------------
-
 def sample_top_p(logits, p=0.9, temperature=1.0, top_k=0):
-    """Draws from the smallest set of tokens whose probability reaches p, the one that crosses p included.
-    logits (B,V) or (V,) -> ids (B,1) or (1,), each row on its own. The temperature comes first, 0 takes the
-    likeliest token; top_k > 0 keeps at most so many; p = 1 keeps all. Holtzman et al. 2019, 1904.09751."""
+    """Draws from the smallest set of tokens whose probability reaches p, the one that crosses p included
+    (1904.09751), after temperature, 0 = greedy, and top_k, 0 = all. logits (B,V), (V,) -> ids (B,1), (1,)."""
     if temperature < 0 or top_k < 0 or not 0 < p <= 1:
         raise UserError(f'temperature={temperature} and top_k={top_k} must be >= 0, top_p={p} > 0 and <= 1')
     if temperature == 0:
@@ -475,10 +430,8 @@ def sample_top_p(logits, p=0.9, temperature=1.0, top_k=0):
     return order.gather(-1, torch.multinomial(probs, 1))
 
 # 8. Checkpoints ---------------------------------------------------------------------------------------------
-
 def save_checkpoint(path, model, tokenizer, **more):
-    """Writes model, config, tokenizer and more to one file, whole or not at all: it is written beside the old one
-    and then takes its place, so that a kill or a full disk leaves the old one."""
+    """Writes all to one file or leaves the old one: the new is written beside it, then takes its place."""
     content = dict(more, model=model.state_dict(), config=asdict(model.cfg), tokenizer=tokenizer.state)
     try:
         with open(f'{path}.part', 'wb') as f:
@@ -490,14 +443,13 @@ def save_checkpoint(path, model, tokenizer, **more):
         raise UserError(f'could not write {path} ({e}); what was there before is untouched') from e
 
 def load_checkpoint(path, device='cpu'):
-    """-> model, checkpoint: the dictionary, its 'tokenizer' ready to use. Runs no code that the file may hold."""
+    """-> model, checkpoint: a dictionary, its 'tokenizer' ready to use. Runs no code in the file."""
     if not os.path.isfile(path):
-        folder = os.path.dirname(path) or '.'
-        raise UserError(f'there is no checkpoint at {path}: `python train.py --out_dir={folder}` makes one')
+        raise UserError(f'no {path} yet: `python train.py --out_dir={os.path.dirname(path) or "."}` makes it')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         cfg = checkpoint.pop('config')
-        model = MinimalVLM(VLMConfig(**{**cfg, **{k: TransformerConfig(**cfg[k]) for k in ('vision', 'text')}}))
+        model = MinimalVLM(VLMConfig(**cfg | {k: TransformerConfig(**cfg[k]) for k in ('vision', 'text')}))
         model.load_state_dict(checkpoint.pop('model'))
         checkpoint['tokenizer'] = Tokenizer(**checkpoint['tokenizer'])
     except Exception as e:               # a damaged or hostile file can fail in any way there is
@@ -506,21 +458,20 @@ def load_checkpoint(path, device='cpu'):
     return model.to(device), checkpoint
 
 # 9. Text and pixels -----------------------------------------------------------------------------------------
-
 # how a text falls into pieces before the merges: SmolLM2's rule, words with their space and single digits
 PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 END = '<|endoftext|>'
 
 class Tokenizer:
-    """Text <-> ids: a tiktoken Encoding whose state fits into a checkpoint."""
+    """Text <-> ids: a tiktoken Encoding whose state fits into a checkpoint.
+    ranks {token as latin-1: id} in merging order, special {text: id}, pieces: how text is split."""
     def __init__(self, name, ranks, special, pieces=PIECES):
-        """ranks {token as latin-1: id} in merging order, special {text: id}, pieces: how text is split."""
         self.state = dict(name=name, ranks=ranks, special=special, pieces=pieces)
         ranks = {token.encode('latin-1'): i for token, i in ranks.items()}
         self.encoding = tiktoken.Encoding(name, pat_str=pieces, mergeable_ranks=ranks, special_tokens=special)
         self.bytes = {i: token for token, i in ranks.items()}
         self.name, self.n_vocab, self.eos = name, self.encoding.n_vocab, special[END]
-        self.encode = self.encoding.encode_ordinary      # text -> ids; special tokens spelled out are plain text
+        self.encode = self.encoding.encode_ordinary      # text -> ids; special tokens spelled out are text
 
     def decode(self, ids):
         return ''.join(self.stream(ids))
@@ -539,8 +490,8 @@ class Tokenizer:
             try:
                 gpt2 = tiktoken.get_encoding('gpt2')
             except Exception as e:       # whatever tiktoken's HTTP library raises
-                raise UserError(f'the gpt2 tokenizer must be downloaded once, which failed ({type(e).__name__}): '
-                                'go online, or use --tokenizer=bpe or --tokenizer=bytes') from e
+                raise UserError(f'the gpt2 tokenizer could not be downloaded ({type(e).__name__}): '
+                                'go online once, or use --tokenizer=bpe or --tokenizer=bytes') from e
             ranks = {token.decode('latin-1'): i for token, i in gpt2._mergeable_ranks.items()}
             return cls(name, ranks, {END: gpt2.eot_token}, gpt2._pat_str)
         ranks = learn_bpe(texts, vocab_size - 1 if name == 'bpe' else 256)
@@ -548,16 +499,14 @@ class Tokenizer:
 
 def learn_bpe(texts, size):
     """Byte-pair encoding (1508.07909): over and over, the most frequent pair of tokens becomes a token.
-    Counts words once, touches only those that hold the pair. Returns {token as latin-1: rank}, at most size."""
+    Counts words once, touches only those with the pair. Returns {token as latin-1: rank}, at most size."""
     words = Counter(w for t in texts for w in re.findall(r' ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+', ' ' + t))
     parts, counts = [list(w.encode().decode('latin-1')) for w in words], list(words.values())
     pairs, where, ranks = Counter(), defaultdict(set), {chr(b): b for b in range(256)}
-
     def tally(i, sign):
         for pair in zip(parts[i], parts[i][1:]):
             pairs[pair] += sign * counts[i]
             where[pair].add(i)
-
     for i in range(len(parts)):
         tally(i, 1)
     while len(ranks) < size and pairs and pairs[best := max(pairs, key=pairs.get)] > 1:
@@ -576,8 +525,7 @@ def learn_bpe(texts, size):
 
 def open_image(path, size=0, most=80_000_000):
     """A picture file as an upright RGB image; whatever is wrong with it becomes a UserError that names it.
-    size: pixels a side that will do, so that a larger JPEG is decoded at 1/2, 1/4 or 1/8 (Pillow's draft mode);
-    most: pixels that are decoded at all."""
+    size: pixels a side that will do, so that a larger JPEG is decoded at 1/2 to 1/8; most: pixels decoded."""
     try:
         with Image.open(path) as image:
             image.draft('RGB', (size, size) if size else image.size)
@@ -589,26 +537,24 @@ def open_image(path, size=0, most=80_000_000):
         raise UserError(f'{path}: not a picture that can be read ({why})') from e
 
 def to_rgb(image):
-    """Any Pillow image as upright 8-bit RGB: EXIF rotation, deep grey scaled, alpha over white, first frame."""
+    """Any Pillow image as upright 8-bit RGB: EXIF rotation, deep grey scaled, alpha over white, frame 1."""
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in 'IF':            # 16 or 32 bits a pixel
         high = image.getextrema()[1]
         white = 65535 if image.mode != 'F' and 255 < high < 65536 else max(high, 255)
         image = image.convert('F').point(lambda v: v * (255 / white) + 0).convert('L')
     if image.has_transparency_data:
-        image = image.convert('RGBA')
-        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
     return image.convert('RGB')
 
 def image_transform(cfg, augment=False):
-    """A function from any Pillow image to bytes (3,image_size,image_size). augment: random crops and colours, for
-    training; nothing is mirrored, since texts tell left from right."""
+    """A function from Pillow images to bytes (3,H,W). augment: crops, colours; no mirrors: texts say left."""
     size, bilinear = (cfg.image_size, cfg.image_size), Image.Resampling.BILINEAR
+    fit = lambda image: image.resize(size, bilinear, reducing_gap=1.0)
     if augment:
         fit = v2.Compose([v2.RandomResizedCrop(size, scale=(0.5, 1.0)), v2.ColorJitter(0.3, 0.3, 0.3, 0.03)])
-    else:
-        fit = (lambda image: ImageOps.fit(image, size, bilinear)) if cfg.image_resize == 'crop' else \
-              (lambda image: image.resize(size, bilinear, reducing_gap=2.0))
+    elif cfg.image_resize == 'crop':
+        fit = lambda image: ImageOps.fit(image, size, bilinear)
     return lambda image: v2.functional.pil_to_tensor(fit(to_rgb(image)))
 
 def encode_prompt(tokenizer, cfg, prompt):
@@ -617,8 +563,8 @@ def encode_prompt(tokenizer, cfg, prompt):
     return tokenizer.encode(cfg.prompt_template.replace('{}', prompt)) if prompt else []
 
 def collate(items, cfg, tokenizer, transform):
-    """Items (image, prompt, answer) -> transformed images (B,3,H,W), input_ids (B,T), targets (B,T), -100 where
-    nothing is scored: on prompts, and on the padding to the right, which causality hides."""
+    """Items (image, prompt, answer) -> images (B,3,H,W), input_ids and targets (B,T), -100 where nothing is
+    scored: on prompts, and on the padding to the right, which causality hides."""
     room, ids, targets = cfg.block_size - cfg.n_visual, [], []
     for _, prompt, answer in items:
         prompt = encode_prompt(tokenizer, cfg, prompt)[:room // 2]
@@ -629,33 +575,30 @@ def collate(items, cfg, tokenizer, transform):
     return images, pad_sequence(ids, True), pad_sequence(targets, True, -100)
 
 # 10. Data ---------------------------------------------------------------------------------------------------
-
 COLORS = {'red': (225, 40, 40), 'green': (40, 170, 70), 'blue': (40, 80, 225), 'yellow': (240, 215, 40),
           'orange': (245, 135, 25), 'purple': (145, 55, 190), 'cyan': (60, 205, 225), 'black': (35, 35, 35)}
-SHAPES = {  # corners: degrees clockwise from the top, and distance from the centre in radii
-    'circle': [(turn, 1) for turn in range(0, 360, 10)], 'square': [(turn, 1.15) for turn in range(45, 360, 90)],
-    'triangle': [(turn, 1) for turn in range(0, 360, 120)], 'diamond': [(0, 1.1), (90, 0.7), (180, 1.1), (270, 0.7)],
-    'star': [(36 * i, (1.05, 0.42)[i % 2]) for i in range(10)],
-    'cross': [(90 * i + turn, far) for i in range(4) for turn, far in ((-17, 1.05), (17, 1.05), (45, 0.42))]}
+# corners: angles clockwise from the top (turn in degrees) and distances from the centre in radii, in rotation
+ring = lambda n, turn, *radii: [(math.radians(turn + 360 * i / n), radii[i % len(radii)]) for i in range(n)]
+SHAPES = {'circle': ring(36, 0, 1), 'square': ring(4, 45, 1.15), 'triangle': ring(3, 0, 1),
+          'diamond': ring(4, 0, 1.1, 0.7), 'star': ring(10, 0, 1.05, 0.42),
+          'cross': [c for arm in zip(ring(4, -17, 1.05), ring(4, 17, 1.05), ring(4, 45, 0.42)) for c in arm]}
 SIZES = {'small': (0.10, 0.115), 'large': (0.155, 0.18)}         # radii, in picture widths
 PLACES = ('at the top left', 'at the top', 'at the top right', 'on the left', 'in the center', 'on the right',
           'at the bottom left', 'at the bottom', 'at the bottom right')
 UNSEEN = {f'{color} {list(SHAPES)[i % 6]}' for i, color in enumerate(COLORS)}   # kept from training
-QUESTIONS = ('count', 'color', 'shape', 'exists', 'side', 'choice')
+QUESTIONS = ('count', 'side', 'choice', 'exists', 'color', 'count', 'side', 'choice', 'exists', 'shape')
 
 class Shapes(torch.utils.data.Dataset):
-    """Drawn scenes of one to three things, captions and questions, each made from (seed, split, index) alone.
-    Items: (PIL image, prompt, answer). 'train' and 'val' have no UNSEEN pair in pictures or words, each thing in
-    split 'novel' is one. kind: 'mixed', 'caption', 'question' or one of QUESTIONS."""
+    """Scenes of one to three things, with captions and questions, drawn from (seed, split, index) alone.
+    Items: (PIL image, prompt, answer). 'train' and 'val' have no UNSEEN pair in pictures or words, 'novel'
+    no other. kind: 'mixed', 'caption', 'question' or one of QUESTIONS."""
     def __init__(self, split, seed=0, kind='mixed', pixels=128):
         self.split, self.seed, self.kind, self.pixels = split, seed, kind, pixels
-        pairs = [f'{color} {shape}' for color in COLORS for shape in SHAPES]
+        pairs = (f'{color} {shape}' for color in COLORS for shape in SHAPES)
         self.pairs = [pair for pair in pairs if (pair in UNSEEN) == (split == 'novel')]
 
     texts = property(lambda self: (' '.join(self[i][1:]) for i in range(3000)))
-
-    def __len__(self):
-        return 1_000_000
+    __len__ = lambda self: 1_000_000
 
     def __getitem__(self, index):
         rng, text = random.Random(f'{self.seed} {self.split} {index}'), None
@@ -669,22 +612,22 @@ class Shapes(torch.utils.data.Dataset):
     def scene(self, rng):
         """One to three things that do not touch, in reading order; x, y and r in picture widths."""
         while True:
-            things = []
+            made = []
             for place in sorted(rng.sample(range(9), rng.randint(1, 3))):
                 x, y = (0.21 + 0.29 * cell + rng.uniform(-0.04, 0.04) for cell in (place % 3, place // 3))
-                pair, size = rng.choice(self.pairs), rng.choice(('small', 'large'))
-                things.append(SimpleNamespace(pair=pair, color=pair.split()[0], shape=pair.split()[1], size=size,
-                                              place=place, x=x, y=y, r=rng.uniform(*SIZES[size])))
-            if all(t is u or math.hypot(t.x - u.x, t.y - u.y) > t.r + u.r + 0.01
-                   for t in things for u in things):
-                return things
+                alike = [p for p in self.pairs if made and {made[-1].color, made[-1].shape} & {*p.split()}]
+                (color, shape) = rng.choice(alike if made and rng.random() < 0.3 else self.pairs).split()
+                size = rng.choice(('small', 'large'))
+                made.append(types.SimpleNamespace(pair=f'{color} {shape}', color=color, shape=shape, x=x, y=y,
+                                                  size=size, place=place, r=rng.uniform(*SIZES[size])))
+            if all(t is u or math.hypot(t.x - u.x, t.y - u.y) > t.r + u.r + 0.01 for t in made for u in made):
+                return made
 
     def draw(self, scene, rng):
         image = Image.new('RGB', (self.pixels, self.pixels), tuple(rng.randint(225, 255) for _ in range(3)))
         for t in scene:
             shade = tuple(min(255, max(0, v + rng.randint(-18, 18))) for v in COLORS[t.color])
-            corners = [(t.x + t.r * far * math.sin(math.radians(turn)),
-                        t.y - t.r * far * math.cos(math.radians(turn))) for turn, far in SHAPES[t.shape]]
+            corners = [(t.x + t.r * d * math.sin(a), t.y - t.r * d * math.cos(a)) for a, d in SHAPES[t.shape]]
             ImageDraw.Draw(image).polygon([(x * self.pixels, y * self.pixels) for x, y in corners], shade)
         return image
 
@@ -696,10 +639,10 @@ class Shapes(torch.utils.data.Dataset):
             *most, last = [f'a {t.size} {t.pair} {PLACES[t.place]}' for t in scene]
             return '', f'{", ".join(most)} and {last}' if most else last
         if kind == 'count':
-            what = rng.choice(('object', t.color, t.shape, rng.choice(list(COLORS)), rng.choice(list(SHAPES))))
-            noun = what + ' objects' if what in COLORS else 'crosses' if what == 'cross' else what + 's'
-            n = sum(what in ('object', t.color, t.shape) for t in scene)
-            return f'how many {noun} are there?', ('zero', 'one', 'two', 'three')[n]
+            word = rng.choice(('', t.color, t.shape, rng.choice([*COLORS]), rng.choice([*SHAPES])))
+            which = f'have the {"color" if word in COLORS else "shape"} {word}' if word else 'are there'
+            n = sum(word in ('', t.color, t.shape) for t in scene)
+            return f'how many objects {which}?', ('zero', 'one', 'two', 'three')[n]
         if kind == 'color' and sum(t.shape in pair for pair in pairs) == 1:
             return f'what color is the {t.shape}?', t.color
         if kind == 'shape' and sum(t.color in pair for pair in pairs) == 1:
@@ -726,19 +669,18 @@ def read_captions(path):
             files = {image['id']: image['file_name'] for image in data['images']}
             rows = [{'image': files.get(a['image_id'], a['image_id']), **a} for a in data['annotations']]
         else:                            # LLaVA: each question with its answer is an item
-            rows = [{'image': talk['image'], 'prompt': q['value'].replace('<image>', ''), 'answer': a['value']}
+            rows = [dict(image=talk['image'], prompt=q['value'].replace('<image>', ''), answer=a['value'])
                     for talk in data for q, a in zip(talk['conversations'][::2], talk['conversations'][1::2])]
     for n, row in enumerate(rows, 1):
-        image, prompt, answer = row.get('image'), row.get('prompt', ''), row.get('caption') or row.get('answer')
-        if not image or not answer or ('caption' not in row and not prompt):
+        image, prompt, text = row.get('image'), row.get('prompt', ''), row.get('caption') or row.get('answer')
+        if not image or not text or ('caption' not in row and not prompt):
             raise UserError(f'{path}, row {n}: wanted image and caption, or image, prompt and answer; '
                             f'found {", ".join(str(k) for k in row if k)}')
-        yield str(image), str(prompt).strip(), str(answer).strip()
+        yield str(image), str(prompt).strip(), str(text).strip()
 
 class CaptionedImages(torch.utils.data.Dataset):
-    """Items (PIL image, prompt, answer) from rows (image name, prompt, answer) and the folder of the images.
-    Rows lie in one block of bytes, which worker processes share. An image that cannot be read is named once,
-    counted in bad, and its row replaced by the next."""
+    """Items (PIL image, prompt, answer) from rows (image name, prompt, answer): a block of bytes that workers
+    share. An image that cannot be read is named once, counted in bad, and its row replaced by the next."""
     def __init__(self, rows, folder, source, size=0):
         self.folder, self.source, self.size = folder, source, size
         self.names = sorted({image for image, _, _ in rows})
@@ -748,94 +690,85 @@ class CaptionedImages(torch.utils.data.Dataset):
         self.bad = torch.zeros(len(self.names), dtype=torch.uint8).share_memory_()
 
     texts = property(lambda self: (' '.join(self.row(i)[1:]) for i in range(len(self))))
-
-    def __len__(self):
-        return len(self.ends) - 1
+    __len__ = lambda self: len(self.ends) - 1
 
     def row(self, index):
         return json.loads(self.block[self.ends[index]:self.ends[index + 1]])
 
     def __getitem__(self, index):
         for i in range(index, index + len(self)):
-            number, prompt, answer = self.row(i % len(self))
-            if not self.bad[number]:
+            n, prompt, answer = self.row(i % len(self))
+            if not self.bad[n]:
                 try:
-                    path = os.path.join(self.folder, self.names[number])
-                    return open_image(path, self.size), prompt, answer
+                    return open_image(os.path.join(self.folder, self.names[n]), self.size), prompt, answer
                 except UserError as e:
-                    self.bad[number] = 1
+                    self.bad[n] = 1
                     print(f'skipped: {e}', file=sys.stderr)
         raise UserError(f'{self.source}: not one of its {len(self.names)} images can be read')
 
 def make_dataset(spec, split='train', image_dir='', val_spec='', size=0, seed=0):
     """'shapes', a caption file, or a folder of class-named folders -> items (PIL image, prompt, answer).
-    split: 'train' or 'val', for shapes also 'novel'. Without val_spec a fixed 5 % of the images, with all their
-    rows, are held out. image_dir: where the images are, if not beside the file or in images/ there."""
+    split: 'train' or 'val', for shapes also 'novel'. Without val_spec a fixed 5 % of the images, all rows of
+    each, are held out. image_dir: where the images are, if not beside the file or in images/ there."""
     if spec == 'shapes':
         return Shapes(split, seed)
     path = val_spec if split == 'val' and val_spec else spec
-    beside = path if os.path.isdir(path) else os.path.dirname(path)
+    beside = path if os.path.isdir(path) else os.path.dirname(path) or '.'
     try:
         if os.path.isdir(path):
-            files = [os.path.join(d, name) for d, _, names in os.walk(path) for name in names]
-            rows = [(os.path.relpath(f, path), 'what is this?', os.path.basename(os.path.dirname(f)).replace('_', ' '))
-                    for f in sorted(files) if f.lower().endswith(tuple(Image.registered_extensions()))]
+            files = sorted(os.path.join(d, f) for d, _, fs in os.walk(os.path.abspath(path)) for f in fs)
+            rows = [(os.path.relpath(f, path), 'what is this?', f.split(os.sep)[-2].replace('_', ' '))
+                    for f in files if f.lower().endswith(tuple(Image.registered_extensions()))]
         else:
             rows = list(read_captions(path))
-    except OSError as e:
-        raise UserError(f'dataset={path} is neither shapes nor a file nor a folder that can be read') from e
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f'{path} is not a caption file as the README has them: {type(e).__name__} {e}') from e
+    except (OSError, UnicodeError, json.JSONDecodeError, csv.Error, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f'dataset={path} is neither shapes nor a folder, and not a caption file as '
+                        f'in the README: {type(e).__name__} {e}') from e
     names = sorted({row[0] for row in rows})
     folders = [image_dir] if image_dir else [beside, f'{beside}/images', f'{beside}/Images']
     found = [{name for name in names if os.path.isfile(os.path.join(folder, name))} for folder in folders]
     there, folder = max(zip(found, folders), key=lambda pair: len(pair[0]))
     missing = sorted(set(names) - there)
     if not there:
-        raise UserError(f'{path} names {len(names)} images, and none is in {folder}; --image_dir says where they are')
+        raise UserError(f'{path} names {len(names)} images, and none is in {folder}: see --image_dir')
     if missing:
-        print(f'{"WARNING: " * (len(missing) > len(names) / 100)}{path}: {len(missing)} of {len(names)} images are '
-              f'missing and skipped: {", ".join(missing[:3])} ...', file=sys.stderr)
-    held_out = set(names if val_spec else random.Random(1337).sample(names, max(1, len(names) // 20)))
+        print(f'{"WARNING: " * (len(missing) > len(names) / 100)}{path}: {len(missing)} of {len(names)} '
+              f'images are missing and skipped: {", ".join(missing[:3])} ...', file=sys.stderr)
+    held_out = set(random.Random(1337).sample(names, max(1, len(names) // 20)))
     rows = [row for row in rows if row[0] in there and (val_spec or (row[0] in held_out) == (split == 'val'))]
     return CaptionedImages(rows, folder, path, size)
 
 # 11. Command line -------------------------------------------------------------------------------------------
-
-def read_setting(old, comment, text):
-    """A setting's new value, of the old one's type and as its comment allows; argparse tells the user of errors."""
-    def refuse(what):
-        raise argparse.ArgumentTypeError(f'{text!r} is not {what} ({comment})')
-    try:
-        value = {'true': True, '1': True, 'false': False, '0': False}[text.lower()] if isinstance(old, bool) else type(old)(text)
-    except (KeyError, ValueError):
-        refuse({int: 'a whole number', float: 'a number', bool: 'true or false'}[type(old)])
-    words = re.findall("'(.*?)'", comment)
-    if words and value not in words and not comment.endswith('...'):
-        refuse('one of ' + ', '.join(words))
-    for sign, limit in re.findall(r'([<>]=?) (-?[\d.]+)', comment.split(';')[0]):
-        compare = {'>': operator.gt, '>=': operator.ge, '<': operator.lt, '<=': operator.le}[sign]
-        if not (math.isfinite(value) and compare(value, float(limit))):
-            refuse('in range')
-    return value
-
 def override(settings, argv=None):
-    """Lets `--name=value`, `--name value` and a bare `--flag` change a runner's globals: nanoGPT's way, but checked.
-    The comment after a setting is its specification: it begins with the words allowed, in quotes (open-ended if it
-    ends in ...), or with a range, "> 0 and <= 1;". --help prints it. A mistake is one line, and exit code 2."""
+    """Lets `--name=value`, `--name value` and a bare `--flag` change a runner's globals: nanoGPT's way, but
+    checked. The comment after a setting begins with the words allowed, in quotes (any word if it ends in
+    ...), or a range, "> 0 and <= 1;". A mistake is one line, and exit code 2."""
     with open(settings['__file__'], encoding='utf-8') as f:
         comments = dict(re.findall(r'^(\w+) = .*?  +# (.*)$', f.read(), re.M))
+    flags = {'true': True, '1': True, 'false': False, '0': False}
+    compare = {'>': operator.gt, '>=': operator.ge, '<': operator.lt, '<=': operator.le}
+    wanted = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a word'}
+    def read(name, text):
+        kind, comment = type(settings[name]), comments[name]
+        limits = re.findall('([<>]=?) ([^ ]+)', comment.split(';')[0]) if comment[0] in '<>' else []
+        words = re.findall("'(.*?)'", comment) if comment[0] == "'" and not comment.endswith('...') else None
+        with contextlib.suppress(KeyError, ValueError):
+            value = flags[text.lower()] if kind is bool else kind(text)
+            if all(compare[sign](value, float(n)) for sign, n in limits) and value in (words or [value]):
+                return value
+        raise argparse.ArgumentTypeError(f'{text!r} is not {wanted[kind]} as asked for: {comment}')
+
     parser = argparse.ArgumentParser(description=settings['__doc__'], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f'{parser.prog}: {message}\n')
     for name, comment in comments.items():
         bare = dict(nargs='?', const=True) if isinstance(settings[name], bool) else {}
-        parser.add_argument(f'--{name}', type=partial(read_setting, settings[name], comment), default=settings[name],
+        parser.add_argument(f'--{name}', type=functools.partial(read, name), default=settings[name],
                             metavar=repr(settings[name]), help=comment.replace('%', '%%'), **bare)
     found, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split('=')[0], [f'--{name}' for name in comments], 1)
-        parser.error(f'no setting {unknown[0]}' + (f', did you mean {near[0]}?' if near else '; --help lists them all'))
+        parser.error(f'no setting {unknown[0]}; {f"did you mean {near[0]}?" if near else "--help lists all"}')
     settings.update(vars(found))
-    sys.excepthook = lambda kind, e, trace: (print(f'{parser.prog}: {e}', file=sys.stderr)
-                                             if issubclass(kind, UserError) else sys.__excepthook__(kind, e, trace))
+    shown = lambda kind, e, trace: print(f'{parser.prog}: {e}', file=sys.stderr)
+    sys.excepthook = lambda kind, *e: (shown if issubclass(kind, UserError) else sys.__excepthook__)(kind, *e)
