@@ -1,5 +1,4 @@
-"""
-Trains the model of vlm.py on a GPU, an Apple chip or a CPU, or on several by torchrun.
+"""Trains the model of vlm.py on a GPU, an Apple chip or a CPU, or on several by torchrun.
 
     python train.py                                      from nothing, on drawn shapes, in minutes on a laptop
     python train.py --batch_size=32                      any setting below is changed like this
@@ -7,29 +6,26 @@ Trains the model of vlm.py on a GPU, an Apple chip or a CPU, or on several by to
     python train.py --init_from=resume                   on after a stop, with that run's settings
     torchrun --standalone --nproc_per_node=4 train.py --preset=small --dataset=photos/captions.txt
 """
-import itertools, math, os, re, signal, textwrap, time
-from contextlib import nullcontext
+import collections, contextlib, functools, math, os, re, signal, textwrap, time
 from dataclasses import replace
-from types import SimpleNamespace
 
-import torch
-from PIL import Image, ImageDraw, ImageFont
-from torch import distributed as dist
+import torch, torch.distributed as dist
+from PIL import Image, ImageDraw
 from vlm import (PRESETS, MinimalVLM, Shapes, Tokenizer, UserError, collate, encode_prompt, image_transform,
-                 load_checkpoint, make_dataset, override, save_checkpoint, to_rgb)
+                 load_checkpoint, make_dataset, override, save_checkpoint)
 
 # settings ---------------------------------------------------------------------------------------------------
 # I/O
 out_dir = 'out'                  # folder for ckpt.pt, log.csv and samples.png
 init_from = 'scratch'            # 'scratch' or 'resume': from out_dir/ckpt.pt, with the settings of that run
-eval_interval = 500              # > 0; steps between evaluations, each of which saves
+eval_interval = 1000             # > 0; steps between evaluations, each of which saves
 log_interval = 50                # > 0; steps between lines of the log
 eval_iters = 20                  # > 0; held-out batches for the validation loss
-eval_samples = 200               # >= 0; held-out items answered in words, 0 = none; after a run on shapes 15 times
+eval_samples = 200               # >= 0; held-out items answered in words, 0 = none; after shapes 16 times
 eval_only = False                # true: with init_from=resume, evaluate and stop
 overwrite = False                # true: may replace a checkpoint of a run with other settings
 # data
-dataset = 'shapes'               # 'shapes', a caption file (.csv .txt .jsonl .json), a folder of class folders ...
+dataset = 'shapes'               # 'shapes', a caption file (.csv .txt .jsonl .json), a folder of classes ...
 val_dataset = ''                 # the same for validation; '' = a fixed 5 % of the images of dataset
 image_dir = ''                   # where the images of a caption file are; '' = beside it
 augment = False                  # true: random crops and colours; not for texts that say where things are
@@ -49,8 +45,8 @@ optimizer = 'muon'               # 'muon' (hidden matrices, the rest AdamW) or '
 balance = 0.5                    # >= 0 and <= 1; 0: each token weighs the same, 1: each answer, however long
 learning_rate = 3e-3             # > 0; of AdamW
 muon_lr = 0.02                   # > 0; of Muon
-max_iters = 1000                 # >= 0; steps
-weight_decay = 0.4               # >= 0; on matrices only
+max_iters = 1750                 # >= 0; steps
+weight_decay = 0.25              # >= 0; on matrices only
 beta1 = 0.9                      # >= 0 and < 1; of AdamW
 beta2 = 0.95                     # >= 0 and < 1; of AdamW
 grad_clip = 1.0                  # >= 0; longest gradient, 0 = any
@@ -69,106 +65,82 @@ seed = 1337                      # >= 0; of weights, data order and scenes
 # ------------------------------------------------------------------------------------------------------------
 override(globals())
 if init_from == 'resume':        # that run's settings, then again the command line's
-    model, checkpoint = load_checkpoint(os.path.join(out_dir, 'ckpt.pt'))
-    here = ('out_dir', 'init_from', 'eval_only')
-    globals().update({k: v for k, v in checkpoint['settings'].items() if k not in here})
+    model, checkpoint = load_checkpoint(f'{out_dir}/ckpt.pt')
+    globals().update(checkpoint['settings'], out_dir=out_dir, init_from=init_from, eval_only=eval_only)
     override(globals())
 settings = {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, str))}
-
 # device, precision, processes: of several, each takes every world-th item of a batch
-world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
-say = print if rank == 0 else lambda text: None
-if device == 'auto':
-    device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-kind = device.split(':')[0]
-if kind != 'cpu' and not getattr(torch, kind).is_available():
+path, world, rank = f'{out_dir}/ckpt.pt', int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
+say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
+found = getattr(torch.accelerator.current_accelerator(check_available=True), 'type', 'cpu')
+device, kind = (found, found) if device == 'auto' else (device, device.split(':')[0])
+if kind not in ('cpu', found):
     raise UserError(f'device={device}, but PyTorch finds none here: --device=cpu, or leave it out')
+if batch_size % world:
+    raise UserError(f'batch_size={batch_size} must be a multiple of the {world} processes')
 if world > 1:
     device = f'cuda:{os.environ["LOCAL_RANK"]}' if kind == 'cuda' else device
     dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
-if batch_size % world:
-    raise UserError(f'batch_size={batch_size} must be a multiple of the {world} processes')
-if dtype == 'auto':              # on CPUs with matrix units for bf16 it is twice as fast as fp32, on others slow
+sum_over_processes = dist.all_reduce if world > 1 else lambda tensor: None
+if dtype == 'auto':              # on CPUs with matrix units for bf16 twice as fast as fp32, on others slow
     fast_cpu = kind == 'cpu' and getattr(torch.cpu, 'get_capabilities', dict)().get('amx_bf16')
     fast_gpu = kind == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = 'bfloat16' if fast_cpu or fast_gpu else 'float16' if kind == 'cuda' else 'float32'
-precision = torch.autocast(kind, getattr(torch, dtype)) if dtype != 'float32' else nullcontext()
+precision = torch.autocast(kind, getattr(torch, dtype)) if dtype != 'float32' else contextlib.nullcontext()
 torch.set_float32_matmul_precision('high')
 torch.manual_seed(seed)
 
 # data -------------------------------------------------------------------------------------------------------
-
-class Batches(torch.utils.data.IterableDataset):
-    """Batches without end, each made from seed and number alone: so that runs resume and processes share."""
-    def __init__(self, items, first=0, augment=False):
-        self.items, self.first, self.epoch = items, first, None
-        self.transform = image_transform(model.cfg, augment)
-
-    def item(self, position):
-        epoch, i = divmod(position, len(self.items))
-        if epoch != self.epoch:
-            self.epoch, shuffle = epoch, torch.Generator().manual_seed(seed + epoch)
-            self.order = torch.randperm(len(self.items), generator=shuffle)
-        return self.items[int(self.order[i])]
-
-    def __iter__(self):
-        worker = torch.utils.data.get_worker_info() or SimpleNamespace(id=0, num_workers=1)
-        for n in itertools.count(self.first + worker.id, worker.num_workers):
-            items = [self.item(p) for p in range(n * batch_size + rank, (n + 1) * batch_size, world)]
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed + n)          # of the augmentation
-                batch = collate(items, model.cfg, tok, self.transform)
-            yield batch
-
-def load(batches):
-    few = 0 if kind == 'cpu' and dataset == 'shapes' else os.cpu_count()     # there workers cost more than they give
-    workers = (num_workers if num_workers >= 0 else min(8, few)) * hasattr(os, 'fork')
-    more = dict(multiprocessing_context='fork', worker_init_fn=lambda i: signal.signal(signal.SIGINT, signal.SIG_IGN))
-    more = dict(more if workers else {}, num_workers=workers, pin_memory=kind == 'cuda', generator=torch.Generator())
-    return iter(torch.utils.data.DataLoader(batches, batch_size=None, **more))
-
-def to_device(images, *rest):
-    """Images go in channels_last, in which convolutions are faster."""
-    images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-    return [images, *(t.to(device, non_blocking=True) for t in rest)]
-
 size = image_size or PRESETS[preset].image_size
-train_items = make_dataset(dataset, 'train', image_dir, val_dataset, size, seed)
-val_items = make_dataset(dataset, 'val', image_dir, val_dataset, size, seed)
+train_set, val_set = (make_dataset(dataset, s, image_dir, val_dataset, size, seed) for s in ('train', 'val'))
+
+def load(items, first=0, augment=False):
+    """Batches without end, each made from seed and number alone: so that runs resume and processes share."""
+    transform = image_transform(model.cfg, augment)
+    order = functools.lru_cache(2)(lambda epoch: torch.randperm(
+        len(items), generator=torch.Generator().manual_seed(seed + epoch)))
+
+    def make(n):
+        places = [divmod(i, len(items)) for i in range(n * batch_size + rank, (n + 1) * batch_size, world)]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + n)          # of the augmentation
+            return collate([items[int(order(epoch)[i])] for epoch, i in places], model.cfg, tok, transform)
+
+    many = 0 if kind == 'cpu' and dataset == 'shapes' else min(8, os.cpu_count())    # to draw costs little
+    workers = (num_workers if num_workers >= 0 else many) * hasattr(os, 'fork')
+    batches = torch.utils.data.DataLoader(
+        range(first, 10 ** 9), batch_size=None, collate_fn=make, generator=torch.Generator(),
+        num_workers=workers, multiprocessing_context='fork' if workers else None, pin_memory=kind == 'cuda')
+    for images, *rest in batches:        # in channels_last convolutions are faster
+        images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+        yield images, *(x.to(device, non_blocking=True) for x in rest)
 
 # model and optimizer ----------------------------------------------------------------------------------------
-
-path = os.path.join(out_dir, 'ckpt.pt')
 if init_from == 'scratch':
-    if os.path.exists(path) and not overwrite:
-        old = {**load_checkpoint(path)[1]['settings'], 'out_dir': out_dir, 'overwrite': overwrite}
-        for k in (k for k in settings if old.get(k) != settings[k]):
-            raise UserError(f'{path} is of a run with {k}={old.get(k)}: take another --out_dir, or --overwrite')
+    old = {} if overwrite or not os.path.exists(path) else load_checkpoint(path)[1]['settings']
+    for k in (k for k in old if k not in ('out_dir', 'overwrite') and old[k] != settings.get(k)):
+        raise UserError(f'{path} is of a run with {k}={old[k]}: take another --out_dir, or --overwrite')
     cfg, checkpoint = PRESETS[preset], {'step': 0}
-    tok = Tokenizer.make(tokenizer or cfg.tokenizer, train_items.texts, vocab_size or cfg.vocab_size)
-    changes = dict(image_size=size, block_size=block_size or cfg.block_size, projection=projection or cfg.projection)
-    if dropout >= 0:
-        changes.update(vision=replace(cfg.vision, dropout=dropout), text=replace(cfg.text, dropout=dropout))
-    model = MinimalVLM(replace(cfg, vocab_size=tok.n_vocab, tokenizer=tok.name, **changes))
+    tok = Tokenizer.make(tokenizer or cfg.tokenizer, train_set.texts, vocab_size or cfg.vocab_size)
+    eye, text = (replace(c, dropout=c.dropout if dropout < 0 else dropout) for c in (cfg.vision, cfg.text))
+    own = {k: settings[k] for k in ('image_size', 'block_size', 'projection') if settings[k]}
+    model = MinimalVLM(replace(cfg, vision=eye, text=text, vocab_size=tok.n_vocab, tokenizer=tok.name, **own))
 tok = checkpoint['tokenizer'] if init_from == 'resume' else tok
 model.to(device, memory_format=torch.channels_last)
 model.vision.grad_checkpointing = model.decoder.grad_checkpointing = grad_checkpointing
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with each matrix's step made orthogonal, so that rare directions count like common ones.
-    Keller Jordan 2024, kellerjordan.github.io/posts/muon. Unlike torch.optim.Muon it takes convolutions, too, as
-    matrices (output, all else), and sends matrices of one shape through Newton-Schulz together."""
+    """Momentum with each matrix's step made orthogonal, so that rare directions count like common ones
+    (Keller Jordan 2024). A convolution is a matrix, too: (output, all else). A group has one shape."""
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            alike = {}
-            for p in (p for p in group['params'] if p.grad is not None):
-                mean = self.state[p].setdefault('mean', torch.zeros_like(p)).lerp_(p.grad, 0.05)
-                alike.setdefault(p.flatten(1).shape, []).append((p, p.grad.lerp(mean, 0.95).flatten(1)))
-            for (rows, columns), pairs in alike.items():
-                for (p, _), update in zip(pairs, orthogonal(torch.stack([update for _, update in pairs]))):
-                    p.mul_(1 - group['lr'] * group['weight_decay'])
-                    p.add_(update.view(p.shape), alpha=-group['lr'] * max(1, rows / columns) ** 0.5)
+            ps = [p for p in group['params'] if p.grad is not None]
+            means = [self.state[p].setdefault('mean', torch.zeros_like(p)).lerp_(p.grad, 0.05) for p in ps]
+            updates = torch.stack([p.grad.lerp(mean, 0.95).flatten(1) for p, mean in zip(ps, means)])
+            for p, update in zip(ps, orthogonal(updates)):
+                p.mul_(1 - group['lr'] * group['weight_decay'])
+                p.add_(update.view(p.shape), alpha=-group['lr'] * max(1, len(update) / update.size(1)) ** 0.5)
 
 def orthogonal(x):
     """Newton-Schulz: drives all singular values of matrices x (n,rows,columns) towards 1; bf16 will do."""
@@ -179,188 +151,150 @@ def orthogonal(x):
         y = 3.4445 * y + (2.0315 * gram @ gram - 4.775 * gram) @ y
     return (y.mT if x.size(1) > x.size(2) else y).to(x.dtype)
 
-def by_part(text):
-    """'vision=0.1,decoder=0.1' or 'vision,decoder' -> {part: the number, or nothing, behind its name}."""
-    parts = dict((item + '=').split('=')[:2] for item in text.split(',') if item)
-    for name in set(parts) - {'vision', 'projection', 'decoder'}:
-        raise UserError(f'{text}: there is no part {name!r}, only vision, projection and decoder')
-    return parts
-
-def make_optimizers():
-    """Muon for hidden matrices; AdamW for embeddings, the first convolution, norms and biases, or for all."""
-    groups, scales = {}, by_part(lr_scale)
-    for name, p in model.named_parameters():
-        outer = p.dim() < 2 or re.search('embedding|position|stem.0|latents|class_token', name) is not None
-        if p.requires_grad:
-            groups.setdefault((optimizer == 'muon' and not outer, outer, name.split('.')[0]), []).append(p)
-    made = {True: [], False: []}
-    for (muon, outer, part), ps in groups.items():
-        rate = (muon_lr if muon else learning_rate) * float(scales.get(part, 1))
-        made[muon].append(dict(params=ps, lr=rate, full_lr=rate, weight_decay=0.0 if outer else weight_decay))
-    muon = [Muon(made[True], {})] if made[True] else []
-    return muon + ([torch.optim.AdamW(made[False], betas=(beta1, beta2), fused=True)] if made[False] else [])
-
-def lr_factor(step):
-    """A straight rise over warmup_iters, then a straight fall to min_lr at lr_decay_iters."""
-    end = lr_decay_iters or max_iters
-    left = min(1.0, max(0.0, (end - step) / max(1, end - warmup_iters))) if decay_lr else 1.0
-    return min(1.0, (step + 1) / (warmup_iters + 1)) * (min_lr + (1 - min_lr) * left)
-
-def training_mode():
-    model.train()
-    for part in by_part(freeze):         # batch norms in it keep what they know
-        getattr(model, part).requires_grad_(False).eval()
-
-training_mode()
-optimizers, scaler = make_optimizers(), torch.amp.GradScaler(kind, enabled=dtype == 'float16')
+frozen = re.findall('vision|projection|decoder', freeze)
+scales = dict(re.findall(r'(vision|projection|decoder)=(\d*\.?\d+(?:e-?\d+)?)', lr_scale))
+if (','.join(frozen), ','.join(map('='.join, scales.items()))) != (freeze, lr_scale):
+    raise UserError(f'freeze={freeze}, lr_scale={lr_scale}: wanted as vision,decoder and as projection=0.1')
+muon, adamw = {}, {}             # AdamW: embeddings, the first convolution, norms and biases, or everything
+for name, p in model.named_parameters():
+    part = name.split('.')[0]
+    hidden = p.dim() > 1 and not re.search('embedding|position|stem.0|latents|class_token', name)
+    groups, rate = (muon, muon_lr) if hidden and optimizer == 'muon' else (adamw, learning_rate)
+    group = dict(params=[], full_lr=rate * float(scales.get(part, 1)), weight_decay=weight_decay * hidden)
+    if p.requires_grad_(part not in frozen).requires_grad:
+        groups.setdefault((part, p.flatten(1).shape if hidden else ()), group)['params'].append(p)
+optimizers = [Muon(muon.values(), {})] if muon else []
+optimizers += [torch.optim.AdamW(adamw.values(), betas=(beta1, beta2), fused=True)] if adamw else []
+scaler = torch.amp.GradScaler(kind, enabled=dtype == 'float16')
 net = torch.compile(model) if compile else model
 net = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
 
 # evaluation -------------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def validation_loss():
-    """Nats a token on held-out items, and the same with each image swapped for its neighbour's."""
-    sums = torch.zeros(3)
-    for _, batch in zip(range(eval_iters), load(Batches(val_items))):
-        images, ids, targets = to_device(*batch)
-        with precision:
-            both = [model(shown, ids, targets, return_logits=False)[1] for shown in (images, images.roll(1, 0))]
-        sums += torch.tensor([*map(float, both), 1.0]) * (targets != -100).sum().item()
-    return (sums[:2] / sums[2]).tolist()
-
 def answers(items, n):
     """The model's greedy answers to the first n items: (image, prompt, truth, answer) each."""
-    transform = image_transform(model.cfg)
-    for i in range(0, min(n, len(items)), 100):
-        batch = [items[j] for j in range(i, min(i + 100, n, len(items)))]
-        images, = to_device(torch.stack([transform(image) for image, _, _ in batch]))
+    transform, n = image_transform(model.cfg), min(n, len(items))
+    for i in range(0, n, 100):
+        batch = [items[j] for j in range(i, min(i + 100, n))]
+        images = torch.stack([transform(item[0]) for item in batch]).to(device)
         prompts = [torch.tensor(encode_prompt(tok, model.cfg, item[1])).long().to(device) for item in batch]
-        with precision:
-            rows = model.generate(images, prompts, max_new_tokens=50, temperature=0, stop=tok.eos)
+        rows = model.generate(images, prompts, max_new_tokens=50, temperature=0, stop=tok.eos)
         for item, prompt, row in zip(batch, prompts, rows):
             yield *item, tok.decode(row[len(prompt):].tolist()).strip()
 
-def exact(items, n, title):
+def quiz(items, n, title):
     """Prints and returns the share of n items answered word for word, also for each way a prompt begins."""
-    kinds = {}
-    for _, prompt, truth, said in answers(items, n):
-        kinds.setdefault(' '.join(prompt.split()[:2]) or 'caption', []).append(said == truth)
-    right = sum(kinds.values(), [])
-    most = sorted(sorted(kinds, key=lambda k: -len(kinds[k]))[:8]) if len(kinds) > 1 else []
-    say(f'  word for word right: {sum(right) / max(1, len(right)):.1%} of {len(right)} {title}'
-        + ''.join(f', {k} {sum(kinds[k]) / len(kinds[k]):.1%}' for k in most))
-    return sum(right) / max(1, len(right))
+    marks = [(' '.join(q.split()[:2]) or 'caption', said == truth) for _, q, truth, said in answers(items, n)]
+    share = sum(right for _, right in marks) / max(1, len(marks))
+    kinds = sorted(collections.Counter(kind for kind, _ in marks).most_common(8))
+    each = [f', {kind} {marks.count((kind, True)) / n:.1%}' for kind, n in kinds if len(kinds) > 1]
+    say(f'  word for word right: {share:.1%} of {len(marks)} {title}{"".join(each)}')
+    return share
 
-def contact_sheet(items, path, columns=4, rows=3, cell=240):
-    """Held-out pictures with what the model says of each: green where it is what the data say, else red."""
-    sheet = Image.new('RGB', (columns * cell, rows * (cell + 60)), 'white')
-    for i, (image, prompt, truth, said) in enumerate(answers(items, columns * rows)):
-        x, y = i % columns * cell + 5, i // columns * (cell + 60) + 5
-        sheet.paste(to_rgb(image).resize((cell - 10, cell - 10)), (x, y))
-        text = '\n'.join(textwrap.wrap(f'{prompt} {said}'.strip(), 36)[:3])
-        color = 'green' if said == truth else 'firebrick'
-        ImageDraw.Draw(sheet).text((x, y + cell - 8), text, color, ImageFont.load_default(13))
-    sheet.save(path)
-
-def evaluate(last=False):
-    """Loss on held-out items with their images and with others', answers in words, and a picture of some."""
+def evaluate(last):
+    """Loss on held-out items with their images and with others', answers, and a picture (green: right)."""
     model.eval()
-    loss, swapped = validation_loss()
-    say(f'step {step}: held-out loss {loss:.4f}, with images swapped {swapped:.4f}, image gain {swapped - loss:.4f}')
-    share = exact(val_items, eval_samples, 'held-out items')
+    sums = torch.zeros(3)
+    for _, (images, ids, targets) in zip(range(eval_iters), load(val_set)):
+        both = [model(i, ids, targets, return_logits=False)[1].item() for i in (images, images.roll(1, 0))]
+        sums += torch.tensor([*both, 1.0]) * (targets != -100).sum().item()
+    own, swap = (sums[:2] / sums[2]).tolist()
+    say(f'step {step}: held-out loss {own:.4f}, with images swapped {swap:.4f}, image gain {swap - own:.4f}')
+    share = quiz(val_set, eval_samples, 'held-out items')
     if last and dataset == 'shapes':
-        exact(Shapes('val', seed, 'caption'), 5 * eval_samples, 'captions')
-        exact(Shapes('novel', seed, 'caption'), 5 * eval_samples, 'captions of pairs that training never drew')
-        exact(Shapes('val', seed, 'question'), 5 * eval_samples, 'questions')
-    contact_sheet(val_items, os.path.join(out_dir, 'samples.png'))
-    note(f'{step},{time.time() - started:.1f},,{loss:.5f},{swapped:.5f},{share:.4f}')
-    training_mode()
-
-def save():
-    state = [torch.get_rng_state(), torch.cuda.get_rng_state() if kind == 'cuda' else None]
-    save_checkpoint(path, model, tok, step=step, settings=settings, random=state, scaler=scaler.state_dict(),
-                    optimizers=[o.state_dict() for o in optimizers])
-
-def note(line):
-    with open(os.path.join(out_dir, 'log.csv'), 'a') as f:
-        f.write(line + '\n')
+        quiz(Shapes('val', seed, 'caption'), 5 * eval_samples, 'captions')
+        quiz(Shapes('novel', seed, 'caption'), 5 * eval_samples, 'captions of pairs that training never drew')
+        quiz(Shapes('val', seed, 'question'), 5 * eval_samples, 'questions')
+    print(f'{step},{time.time() - began:.1f},,{own:.5f},{swap:.5f},{share:.4f}', file=log)
+    page = Image.new('RGB', (960, 900), 'white')
+    for i, (image, prompt, truth, said) in enumerate(answers(val_set, 12)):
+        x, y = i % 4 * 240 + 5, i // 4 * 300 + 5
+        page.paste(image.resize((230, 230)), (x, y))
+        text = '\n'.join(textwrap.wrap(f'{prompt} {said}'.strip(), 36)[:3])
+        ImageDraw.Draw(page).text((x, y + 232), text, 'green' if said == truth else 'firebrick', font_size=13)
+    page.save(f'{out_dir}/samples.png')
 
 # the run ----------------------------------------------------------------------------------------------------
-
-step, started, stop, losses, bad = checkpoint['step'], time.time(), [], [], 0
+step, end, began, stop, losses, bad = checkpoint['step'], lr_decay_iters or max_iters, time.time(), [], [], 0
+random = [torch, torch.cuda] if kind == 'cuda' else [torch]
 if step:
-    for o, state in zip([*optimizers, scaler], [*checkpoint['optimizers'], checkpoint['scaler']]):
-        o.load_state_dict(state)
-    torch.set_rng_state(checkpoint['random'][0])
-    if kind == 'cuda' and checkpoint['random'][1] is not None:
-        torch.cuda.set_rng_state(checkpoint['random'][1])
-if rank == 0:
-    os.makedirs(out_dir, exist_ok=True)
-    if not step:
-        open(os.path.join(out_dir, 'log.csv'), 'w').close()
-        note('step,seconds,loss,val_loss,val_loss_swapped,word_for_word')
+    same = all(checkpoint['settings'][k] == settings[k] for k in ('optimizer', 'freeze'))
+    for o, state in zip(optimizers, checkpoint['optimizers'] if same else []):   # else averages begin anew
+        o.load_state_dict(dict(state, param_groups=o.state_dict()['param_groups']))      # at the rates of now
+    scaler.load_state_dict(checkpoint['scaler'] or scaler.state_dict())
+    for module, state in zip(random, checkpoint['random']):
+        module.set_rng_state(state)
+os.makedirs(out_dir, exist_ok=True)
+log = open(f'{out_dir}/log.csv' if rank == 0 else os.devnull, 'a' if step else 'w', buffering=1)
+if not step:
+    print('step,seconds,loss,val_loss,val_loss_swapped,word_for_word', file=log)
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, frame: stop.append(number))
 sizes = {k: sum(p.numel() for p in part.parameters()) / 1e6 for k, part in model.named_children()}
-sizes = f'{sum(sizes.values()):.2f}M parameters (' + ', '.join(f'{k} {n:.2f}M' for k, n in sizes.items()) + ')'
-say(f'{preset}: {sizes}, {tok.name} tokenizer of {tok.n_vocab}; {len(train_items)} items and {len(val_items)} held out; '
-    f'{device}, {dtype}')
-stream, since = load(Batches(train_items, step * gradient_accumulation_steps, augment)), time.time()
-while step < max_iters and not stop and not eval_only:
-    # 1. the batches of this step, and what each weighs: as much as its answers do
+each = ', '.join(f'{k} {n:.2f}M' for k, n in sizes.items())
+say(f'{preset}: {sum(sizes.values()):.2f}M parameters ({each}), {tok.name} tokenizer of {tok.n_vocab}; '
+    f'{len(train_set)} items and {len(val_set)} held out; {device}, {dtype}')
+stream, since = load(train_set, step * gradient_accumulation_steps, augment), time.time()
+while True:
+    # 1. save and evaluate now and then and at the end; a signal to one process stops all at the same step
+    halt = torch.tensor(len(stop), device=device)
+    sum_over_processes(halt)
+    last = bool(halt) or step >= max_iters or eval_only
+    if rank == 0 and (last or step % eval_interval == 0 and step > checkpoint['step']):
+        pause = time.time()
+        if not eval_only:
+            save_checkpoint(
+                path, model, tok, step=step, settings=settings, scaler=scaler.state_dict(),
+                random=[m.get_rng_state() for m in random], optimizers=[o.state_dict() for o in optimizers])
+        if not halt:
+            with precision, torch.no_grad():
+                evaluate(last)
+        since += time.time() - pause
+    if last:
+        break
+    # 2. the batches of this step, and what each weighs: as much as its answers do
     parts = [next(stream) for _ in range(gradient_accumulation_steps)]
     weights = [((targets != -100).sum(1) ** (1 - balance)).sum() for *_, targets in parts]
-    total = sum(weights).to(device)
-    if world > 1:
-        dist.all_reduce(total)
-    # 2. gradients, summed over batches, and over processes with the last one
-    for i, part in enumerate(parts):
-        with net.no_sync() if world > 1 and i + 1 < len(parts) else nullcontext():
-            with precision:
-                loss = net(*to_device(*part), return_logits=False, balance=balance)[1] * weights[i] / total
-            scaler.scale(loss * world).backward()
+    total = sum(weights)
+    sum_over_processes(total)
+    # 3. gradients, summed over batches, and over processes with the last one
+    for name, part in model.named_children():
+        part.train(name not in frozen)           # batch norms in it keep what they know
+    for part, weight in zip(parts, weights):
+        net.require_backward_grad_sync = part is parts[-1]
+        with precision:
+            loss = net(*part, return_logits=False, balance=balance)[1] * weight / total
+        scaler.scale(loss * world).backward()
         losses.append(loss.detach())
-    # 3. clip and step, unless the gradient is not finite
+    # 4. the rate rises straight over warmup_iters, then falls straight to min_lr at lr_decay_iters
+    left = min(1.0, max(0.0, (end - step) / max(1, end - warmup_iters))) if decay_lr else 1.0
+    factor = min(1.0, (step + 1) / (warmup_iters + 1)) * (min_lr + (1 - min_lr) * left)
     for o in optimizers:
         scaler.unscale_(o)
         for group in o.param_groups:
-            group['lr'] = group['full_lr'] * lr_factor(step)
-    finite = bool(torch.isfinite(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)))
-    bad = 0 if finite else bad + 1
+            group['lr'] = group['full_lr'] * factor
+    # 5. clip and step, unless the gradient is not finite
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    bad = 0 if math.isfinite(norm) else bad + 1
     if bad:
         say(f'step {step}: the gradient is not finite, step left out')
     if bad == (5 if dtype != 'float16' else 30):     # a gradient scaler needs such steps to find its scale
-        raise UserError(f'{bad} steps without a finite gradient: try half the --learning_rate and --muon_lr, '
-                        f'or --dtype=float32; {path} is as it was')
-    for o in optimizers:
-        if finite or dtype == 'float16':
-            scaler.step(o)
-        o.zero_grad(set_to_none=True)
+        raise UserError(f'{bad} steps left out: try --dtype=float32, or lower --learning_rate and --muon_lr')
+    for o in optimizers if not bad else []:
+        scaler.step(o)
     scaler.update()
+    net.zero_grad()
     step += 1
-    # 4. tell, evaluate, save
-    if step % log_interval == 0:
-        mean = torch.stack(losses).sum() / log_interval
-        if world > 1:
-            dist.all_reduce(mean)
-        seconds = (time.time() - since) / log_interval
+    if step % log_interval == 0:     # 6. tell
+        n = len(losses) / gradient_accumulation_steps
+        mean, seconds = torch.stack(losses).sum() / n, (time.time() - since) / n
+        sum_over_processes(mean)
         rate, left = batch_size * gradient_accumulation_steps / seconds, (max_iters - step) * seconds / 60
         memory = f', {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB' if kind == 'cuda' else ''
         say(f'step {step}/{max_iters}: loss {mean:.4f}, {seconds * 1e3:.0f} ms, {rate:.0f} images/s, '
             f'{left:.1f} minutes left{memory}')
-        note(f'{step},{time.time() - started:.1f},{mean:.5f},,,') if rank == 0 else None
+        print(f'{step},{time.time() - began:.1f},{mean:.5f},,,', file=log)
         losses, since = [], time.time()
-    if step % eval_interval == 0 and step < max_iters and rank == 0:
-        pause = time.time()
-        evaluate()
-        save()
-        since += time.time() - pause
-if rank == 0 and not eval_only:
-    save()
-if rank == 0 and not stop:
-    evaluate(last=True)
-say(f'stopped at step {step}: --init_from=resume goes on' if stop else
-    f'{step} steps, {time.time() - started:.0f} s. Now: python sample.py --out_dir={out_dir}')
+say(f'stopped at step {step}: --init_from=resume goes on' if halt else
+    f'{step} steps, {time.time() - began:.0f} s. Now: python sample.py --out_dir={out_dir}')
 if world > 1:
     dist.destroy_process_group()

@@ -626,7 +626,7 @@ class Shapes(torch.utils.data.Dataset):
     def draw(self, scene, rng):
         image = Image.new('RGB', (self.pixels, self.pixels), tuple(rng.randint(225, 255) for _ in range(3)))
         for t in scene:
-            shade = tuple(min(255, max(0, v + rng.randint(-18, 18))) for v in COLORS[t.color])
+            shade = tuple(min(255, max(0, v + rng.randint(-32, 32))) for v in COLORS[t.color])
             corners = [(t.x + t.r * d * math.sin(a), t.y - t.r * d * math.cos(a)) for a, d in SHAPES[t.shape]]
             ImageDraw.Draw(image).polygon([(x * self.pixels, y * self.pixels) for x, y in corners], shade)
         return image
@@ -736,6 +736,8 @@ def make_dataset(spec, split='train', image_dir='', val_spec='', size=0, seed=0)
               f'images are missing and skipped: {", ".join(missing[:3])} ...', file=sys.stderr)
     held_out = set(random.Random(1337).sample(names, max(1, len(names) // 20)))
     rows = [row for row in rows if row[0] in there and (val_spec or (row[0] in held_out) == (split == 'val'))]
+    if not rows:
+        raise UserError(f'{path} has too few images to hold one out: see --val_dataset')
     return CaptionedImages(rows, folder, path, size)
 
 # 11. Command line -------------------------------------------------------------------------------------------
