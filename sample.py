@@ -2,7 +2,7 @@
 Talks about images with a model that train.py made.
 
     python sample.py                                     draws a scene and says what is in it
-    python sample.py --image=cat.jpg                     describes a picture; also a,b.png or a folder or 'x/*.jpg'
+    python sample.py --image=cat.jpg                     describes a picture; or a,b.png, a folder, 'x/*.jpg'
     python sample.py --image=cat.jpg --prompt="what color is the cat?"
     python sample.py --image=cat.jpg --choices="a cat,a dog"     which of these is likelier
 """
@@ -16,24 +16,23 @@ from vlm import Shapes, UserError, encode_prompt, image_transform, load_checkpoi
 # settings ---------------------------------------------------------------------------------------------------
 out_dir = 'out'                  # folder with the ckpt.pt of train.py
 init_from = ''                   # another checkpoint than that: its path
-image = ''                       # a file, several with commas, a folder, or a pattern in quotes; '' = draw a scene
+image = ''                       # a file, several with commas, a folder or a pattern; '' = draw a scene
 prompt = ''                      # a question; '' = describe the image
-choices = ''                     # answers with commas: says how likely each is, in place of an answer of its own
+choices = ''                     # answers with commas: says how likely each is; '' = let the model say
 num_samples = 1                  # > 0; answers for each image
 max_new_tokens = 100             # > 0; longest answer
-temperature = 0.0                # >= 0; 0 = always the likeliest token, 1 = as the model has it, more = wilder
+temperature = 0.0                # >= 0; 0 = always the likeliest token, 1 = as the model has it
 top_k = 0                        # >= 0; draw from so many likeliest tokens, 0 = from all
-top_p = 0.9                      # > 0 and <= 1; draw from the likeliest tokens that together reach this, 1 = from all
+top_p = 0.9                      # > 0 and <= 1; draw from the likeliest that together reach this, 1 = all
 seed = 0                         # >= 0; 0 = another each time
 device = 'auto'                  # 'auto', 'cpu', 'mps', 'cuda', 'cuda:1' ...
 dtype = 'auto'                   # 'auto', 'float32', 'bfloat16' or 'float16'
 compile = False                  # true: torch.compile; pays on a GPU, after a minute
 # ------------------------------------------------------------------------------------------------------------
 override(globals())
-if device == 'auto':
-    device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-kind = device.split(':')[0]
-if kind != 'cpu' and not getattr(torch, kind).is_available():
+found = getattr(torch.accelerator.current_accelerator(check_available=True), 'type', 'cpu')
+device, kind = (found, found) if device == 'auto' else (device, device.split(':')[0])
+if kind not in ('cpu', found):
     raise UserError(f'device={device}, but PyTorch finds none here: --device=cpu, or leave it out')
 if dtype == 'auto':
     dtype = 'bfloat16' if kind == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
@@ -76,8 +75,8 @@ def answer(pixels, ids):
     start, times, tokens = time.time(), [], []
 
     def arriving():
-        for step in model.stream(pixels, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-                                 top_p=top_p, stop=tok.eos, num_samples=num_samples):
+        for step in model.stream(pixels, ids, max_new_tokens, temperature, top_p, top_k, tok.eos,
+                                 num_samples=num_samples):
             tokens.append(step.flatten().tolist())
             times.append(time.time() - start)
             yield tokens[-1][0]

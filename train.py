@@ -45,7 +45,7 @@ optimizer = 'muon'               # 'muon' (hidden matrices, the rest AdamW) or '
 balance = 0.5                    # >= 0 and <= 1; 0: each token weighs the same, 1: each answer, however long
 learning_rate = 3e-3             # > 0; of AdamW
 muon_lr = 0.02                   # > 0; of Muon
-max_iters = 1750                 # >= 0; steps
+max_iters = 1790                 # >= 0; steps
 weight_decay = 0.25              # >= 0; on matrices only
 beta1 = 0.9                      # >= 0 and < 1; of AdamW
 beta2 = 0.95                     # >= 0 and < 1; of AdamW

@@ -494,6 +494,8 @@ class Tokenizer:
                                 'go online once, or use --tokenizer=bpe or --tokenizer=bytes') from e
             ranks = {token.decode('latin-1'): i for token, i in gpt2._mergeable_ranks.items()}
             return cls(name, ranks, {END: gpt2.eot_token}, gpt2._pat_str)
+        if name not in ('bpe', 'bytes'):
+            raise UserError(f'tokenizer={name} cannot be made here: use --tokenizer=bpe, bytes or gpt2')
         ranks = learn_bpe(texts, vocab_size - 1 if name == 'bpe' else 256)
         return cls(name, ranks, {END: len(ranks)})
 
@@ -579,14 +581,14 @@ COLORS = {'red': (225, 40, 40), 'green': (40, 170, 70), 'blue': (40, 80, 225), '
           'orange': (245, 135, 25), 'purple': (145, 55, 190), 'cyan': (60, 205, 225), 'black': (35, 35, 35)}
 # corners: angles clockwise from the top (turn in degrees) and distances from the centre in radii, in rotation
 ring = lambda n, turn, *radii: [(math.radians(turn + 360 * i / n), radii[i % len(radii)]) for i in range(n)]
-SHAPES = {'circle': ring(36, 0, 1), 'square': ring(4, 45, 1.15), 'triangle': ring(3, 0, 1),
+SHAPES = {'circle': ring(36, 0, 1), 'square': ring(4, 45, 1.25), 'triangle': ring(3, 0, 1),
           'diamond': ring(4, 0, 1.1, 0.7), 'star': ring(10, 0, 1.05, 0.42),
           'cross': [c for arm in zip(ring(4, -17, 1.05), ring(4, 17, 1.05), ring(4, 45, 0.42)) for c in arm]}
-SIZES = {'small': (0.10, 0.115), 'large': (0.155, 0.18)}         # radii, in picture widths
+SIZES = {'small': (0.105, 0.12), 'large': (0.16, 0.18)}          # radii, in picture widths
 PLACES = ('at the top left', 'at the top', 'at the top right', 'on the left', 'in the center', 'on the right',
           'at the bottom left', 'at the bottom', 'at the bottom right')
-UNSEEN = {f'{color} {list(SHAPES)[i % 6]}' for i, color in enumerate(COLORS)}   # kept from training
-QUESTIONS = ('count', 'side', 'choice', 'exists', 'color', 'count', 'side', 'choice', 'exists', 'shape')
+UNSEEN = {f'{color} {shape}' for color, shape in zip(COLORS, SHAPES)}   # pairs kept from training
+QUESTIONS = ('count', 'side', 'exists', 'color', 'count', 'side', 'exists', 'shape', 'count', 'choice')
 
 class Shapes(torch.utils.data.Dataset):
     """Scenes of one to three things, with captions and questions, drawn from (seed, split, index) alone.
@@ -626,7 +628,7 @@ class Shapes(torch.utils.data.Dataset):
     def draw(self, scene, rng):
         image = Image.new('RGB', (self.pixels, self.pixels), tuple(rng.randint(225, 255) for _ in range(3)))
         for t in scene:
-            shade = tuple(min(255, max(0, v + rng.randint(-32, 32))) for v in COLORS[t.color])
+            shade = tuple(min(255, max(0, v + rng.randint(-20, 20))) for v in COLORS[t.color])
             corners = [(t.x + t.r * d * math.sin(a), t.y - t.r * d * math.cos(a)) for a, d in SHAPES[t.shape]]
             ImageDraw.Draw(image).polygon([(x * self.pixels, y * self.pixels) for x, y in corners], shade)
         return image
@@ -634,12 +636,14 @@ class Shapes(torch.utils.data.Dataset):
     def ask(self, kind, scene, rng):
         """(prompt, answer) of that kind, or None if the scene does not suit it."""
         t, u, pairs = rng.choice(scene), rng.choice(scene), [t.pair for t in scene]
-        absent = [pair for pair in self.pairs if pair not in pairs]
+        absent, shapes = [pair for pair in self.pairs if pair not in pairs], {t.shape for t in scene}
         if kind == 'caption':
             *most, last = [f'a {t.size} {t.pair} {PLACES[t.place]}' for t in scene]
             return '', f'{", ".join(most)} and {last}' if most else last
         if kind == 'count':
-            word = rng.choice(('', t.color, t.shape, rng.choice([*COLORS]), rng.choice([*SHAPES])))
+            traits = [trait for t in scene for trait in (t.color, t.shape)]
+            twice = [trait for trait in traits if traits.count(trait) > 1] if rng.random() < 0.4 else []
+            word = rng.choice(twice or ['', t.color, t.shape, rng.choice([*COLORS]), rng.choice([*SHAPES])])
             which = f'have the {"color" if word in COLORS else "shape"} {word}' if word else 'are there'
             n = sum(word in ('', t.color, t.shape) for t in scene)
             return f'how many objects {which}?', ('zero', 'one', 'two', 'three')[n]
@@ -651,12 +655,12 @@ class Shapes(torch.utils.data.Dataset):
             near = rng.choice([pair for pair in absent if t.color in pair or t.shape in pair])
             pair, truth = rng.choice([(t.pair, 'yes'), (near, 'no')])
             return f'is there {"an" if pair[0] == "o" else "a"} {pair}?', truth
-        if kind == 'side' and t.place % 3 != u.place % 3 and pairs.count(t.pair) == pairs.count(u.pair) == 1:
+        if kind == 'side' and t.place % 3 != u.place % 3 and t.shape != u.shape and len(pairs) == len(shapes):
             side = 'left' if t.place % 3 < u.place % 3 else 'right'
-            return f'is the {t.pair} left or right of the {u.pair}?', side
-        if kind == 'choice':
-            options = rng.sample([t.pair, *rng.sample(absent, 2)], 3)
-            return 'which is in the picture: {}, {} or {}?'.format(*options), t.pair
+            return f'is the {t.shape} left or right of the {u.shape}?', side
+        if kind == 'choice' and sum(t.shape in pair for pair in pairs) == 1:
+            colors = rng.sample([t.color, *rng.sample([c for c in COLORS if c != t.color], 2)], 3)
+            return 'what color is the {}: {}, {} or {}?'.format(t.shape, *colors), t.color
 
 def read_captions(path):
     """Yields (image name, prompt, answer) of a caption file: .csv, .txt, .jsonl, COCO's or LLaVA's .json."""
