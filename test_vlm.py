@@ -1,28 +1,25 @@
-"""
-Tests of vlm.py, train.py and sample.py: `python -m pytest -q test_vlm.py`, in the order of the file they test.
-
-Each holds the code against something outside it: another implementation, a hand-worked example, or the slow way.
-"""
-import ast, csv, json, math, os, random, re, signal, subprocess, sys, time
-from collections import Counter
+"""Tests of vlm.py, train.py and sample.py, in vlm.py's order: `python -m pytest -q test_vlm.py`.
+Each holds the code against something outside it: another implementation, a worked example or the slow way."""
+import ast, csv, json, math, os, pathlib, random, re, signal, subprocess, sys
+from collections import Counter, namedtuple
 from dataclasses import replace
-
-import pytest
-import torch
-import torch.nn.functional as F
+import pytest, torch, torchvision, vlm
 from PIL import Image, ImageDraw
-
-import vlm
+from torch.nn import functional as F
+from torchvision.transforms import functional as TF
 from vlm import (PRESETS, MinimalVLM, Shapes, Tokenizer, TransformerConfig, UserError, VLMConfig, collate,
                  image_transform, load_checkpoint, make_dataset, open_image, sample_top_p, save_checkpoint)
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-DATA = os.path.join(HERE, '..', 'shared', 'data')
+HERE = pathlib.Path(__file__).absolute().parent
+DATA = HERE / '..' / 'shared' / 'data'
+ENV = {**os.environ, 'OMP_NUM_THREADS': '2'}
 EYE = TransformerConfig(2, 4, 32)
-LLAMA = TransformerConfig(2, 4, 32, n_kv_head=2, norm='rms', norm_eps=1e-5, activation='swiglu', position='rope', bias=False)
-CFG = VLMConfig(EYE, LLAMA, image_size=32, patch_size=8, projection='pixel_shuffle', vocab_size=300, block_size=64)
-KINDS = {'llama': CFG, 'gpt2': replace(CFG, text=EYE, class_token=True, projection='mlp', projection_hidden=64),
-         'perceiver': replace(CFG, projection='perceiver', n_latents=5), 'linear': replace(CFG, projection='linear'),
+LLAMA = replace(EYE, n_kv_head=2, norm='rms', norm_eps=1e-5, activation='swiglu', position='rope', bias=False)
+CFG = VLMConfig(EYE, LLAMA, image_size=32, patch_size=8, projection='pixel_shuffle', vocab_size=300,
+                block_size=64)
+KINDS = {'llama': CFG, 'linear': replace(CFG, projection='linear'),
+         'gpt2': replace(CFG, text=EYE, class_token=True, projection='mlp', projection_hidden=64),
+         'perceiver': replace(CFG, projection='perceiver', n_latents=5),
          'conv': replace(CFG, text=EYE, stem='conv', input_norm=True),
          'resnet': replace(CFG, vision=TransformerConfig(1, 4, 512), encoder='resnet18', projection='linear')}
 
@@ -30,56 +27,52 @@ KINDS = {'llama': CFG, 'gpt2': replace(CFG, text=EYE, class_token=True, projecti
 def cfg(request):
     return KINDS[request.param]
 
-def build(cfg, seed=0):
-    torch.manual_seed(seed)
-    return MinimalVLM(cfg).eval()
+def build(cfg, kind=MinimalVLM):
+    torch.manual_seed(0)
+    return kind(cfg).eval()
 
-def some(cfg, B=3, T=7, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    return (torch.randn(B, 3, cfg.image_size, cfg.image_size, generator=g),
-            torch.randint(0, cfg.vocab_size, (B, T), generator=g))
+def some(cfg, B=3, T=7):
+    g, size = torch.Generator().manual_seed(1), cfg.image_size
+    return torch.randn(B, 3, size, size, generator=g), torch.randint(0, cfg.vocab_size, (B, T), generator=g)
 
 def close(a, b, limit=1e-4):
     worst = (a - b).abs().max().item()
     assert worst <= limit, f'largest difference {worst:.2e}, allowed {limit:.0e}'
 
-def run(script, *args, cwd, timeout=200, **more):
-    env = {**os.environ, 'OMP_NUM_THREADS': '2', **more}
-    return subprocess.run([sys.executable, os.path.join(HERE, script), *args], cwd=cwd, env=env, timeout=timeout,
+def refuses(match, call, *args, **more):
+    with pytest.raises(UserError, match=match) as e:
+        call(*args, **more)
+    return str(e.value)
+
+def table(path):
+    return csv.DictReader(path.read_text().splitlines())
+
+def run(script, *args, cwd):
+    return subprocess.run([sys.executable, HERE / script, *args], cwd=cwd, env=ENV, timeout=200,
                           capture_output=True, text=True)
-
 # the contract -----------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize('name, cap', [('vlm.py', 780), ('train.py', 300), ('sample.py', 130), ('test_vlm.py', 600)])
+@pytest.mark.parametrize('name, cap', [
+    ('vlm.py', 780), ('train.py', 300), ('sample.py', 130), ('test_vlm.py', 600)])
 def test_files_keep_to_their_length_and_width(name, cap):
-    with open(os.path.join(HERE, name), encoding='utf-8') as f:
-        lines = f.read().splitlines()
-    assert len(lines) <= cap
-    assert not [i for i, line in enumerate(lines, 1) if len(line) > 110]
+    lines = (HERE / name).read_text(encoding='utf-8').splitlines()
+    assert len(lines) <= cap and not [i for i, line in enumerate(lines, 1) if len(line) > 110]
 
 def test_presets_have_the_published_sizes_and_start_at_the_entropy_of_a_guess():
     """222,081,600 is nanoVLM's count; a model that knows nothing must lose ln(vocabulary) nats a token."""
     for name, cfg in PRESETS.items():
-        torch.manual_seed(0)
-        model = MinimalVLM(cfg)
+        model, (images, ids) = build(cfg).train(), some(cfg, 2, 8)
         n = sum(p.numel() for p in model.parameters())
-        assert name != 'nanovlm' or n == 222_081_600
-        assert name != 'base' or 205e6 < n < 225e6
-        images, ids = some(cfg, 2, 8)
+        assert (name != 'nanovlm' or n == 222_081_600) and (name != 'base' or 205e6 < n < 225e6), (name, n)
         _, loss = model(images, ids, ids)
         assert abs(loss.item() / math.log(cfg.vocab_size) - 1) < 0.05, (name, loss.item())
         loss.backward()
         assert all(p.grad is not None for p in model.parameters()), name
         assert model.generate(images, ids, max_new_tokens=2).shape == (2, 10)
-
 # 2 building blocks ------------------------------------------------------------------------------------------
-
 def test_attend_equals_an_example_worked_by_hand():
     """Two keys with scores 0 and ln 3 (after the division by sqrt(4) = 2) are weighed 1/4 and 3/4."""
-    q = torch.tensor([[[[1.0, 0, 0, 0]]]])
-    k = torch.tensor([[[[0.0, 0, 0, 0], [2 * math.log(3), 0, 0, 0]]]])
-    v = torch.tensor([[[[4.0, 0, 0, 0], [0, 8.0, 0, 0]]]])
-    y, att = vlm.attend(q, k, v)
+    q, k = torch.tensor([[[[1.0, 0, 0, 0]]]]), torch.tensor([[[[0.0, 0, 0, 0], [2 * math.log(3), 0, 0, 0]]]])
+    y, att = vlm.attend(q, k, torch.tensor([[[[4.0, 0, 0, 0], [0, 8.0, 0, 0]]]]))
     close(att, torch.tensor([[[[0.25, 0.75]]]]), 1e-6)
     close(y, torch.tensor([[[[1.0, 6.0, 0, 0]]]]), 1e-5)
 
@@ -87,171 +80,128 @@ def test_attend_equals_an_example_worked_by_hand():
 @pytest.mark.parametrize('stack', [EYE, LLAMA], ids=['heads', 'grouped'])
 def test_fused_attention_equals_the_spelled_out_one(stack, causal):
     torch.manual_seed(0)
-    att = vlm.Attention(stack, causal)
-    x, rope = torch.randn(2, 6, 32), vlm.rope_table(6, 8, 100.0)
+    att, x, rope = vlm.Attention(stack, causal), torch.randn(2, 6, 32), vlm.rope_table(6, 8, 100.0)
     mask = None if causal else (torch.rand(2, 1, 6, 6) > 0.4) | torch.eye(6, dtype=torch.bool)
     fused = att(x, mask=mask, rope=rope)
     att.maps = []
     close(att(x, mask=mask, rope=rope), fused, 1e-5)
-    assert att.maps[0].shape == (2, 4, 6, 6)
+    assert att.maps[0].shape == (2, 4, 6, 6) and (not causal or att.maps[0].triu(1).abs().max() == 0)
     close(att.maps[0].sum(-1), torch.ones(2, 4, 6), 1e-5)
-    assert not causal or att.maps[0].triu(1).abs().max() == 0
 
 def test_rope_makes_attention_depend_on_distance_alone():
-    q, k = torch.randn(2, 1, 1, 1, 8)
-    def score(i, j):
-        table = vlm.rope_table(50, 8, 10000.0)
-        return (vlm.rotate(q, table[:, i:i + 1]) * vlm.rotate(k, table[:, j:j + 1])).sum()
+    (q, k), table = torch.randn(2, 1, 1, 1, 8), vlm.rope_table(50, 8, 10000.0)
+    score = lambda i, j: (vlm.rotate(q, table[:, i:i + 1]) * vlm.rotate(k, table[:, j:j + 1])).sum()
     close(score(3, 1), score(45, 43), 1e-5)
     assert abs(score(3, 1) - score(3, 2)) > 1e-3
 
 def test_gradient_checkpointing_changes_no_gradient(cfg):
     grads = []
     for on in (False, True):
-        model = build(cfg).train()
+        model, (images, ids) = build(cfg).train(), some(cfg)
         model.vision.grad_checkpointing = model.decoder.grad_checkpointing = on
-        images, ids = some(cfg)
         model(images, ids, ids, return_logits=False)[1].backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     close(*grads, 1e-6)
-
 # 3-5 eye, joint, mouth, against other implementations -------------------------------------------------------
+BLOCK = ['norm1', 'norm2', 'attn.q', 'attn.kv', 'attn.out', 'mlp.up', 'mlp.down']
+Part = namedtuple('Part', 'weight bias')         # of a module in another implementation
 
-def put(target, **parts):
-    """Copies tensors into parameters by name, and checks that every parameter was given."""
+@torch.no_grad()
+def put(target, blocks, modules, **tensors):
+    """Copies modules (in a list: joined) and tensors of another implementation: every parameter of ours."""
+    modules |= {f'blocks.{i}.{name}': m for i, block in enumerate(blocks) for name, m in zip(BLOCK, block)}
+    for name, m in modules.items():
+        parts = m if isinstance(m, list) else [m]
+        tensors |= {f'{name}.{w}': torch.cat([getattr(part, w) for part in parts]) for w in ('weight', 'bias')
+                    if getattr(parts[0], w, None) is not None}
     own = dict(target.named_parameters())
-    assert set(own) == set(parts), set(own) ^ set(parts)
-    with torch.no_grad():
-        for name, value in parts.items():
-            assert own[name].shape == value.shape, name
-            own[name].copy_(value)
-
-def block_parts(i, norm1, norm2, q, k, v, out, up, down, gate=None, both=('weight', 'bias')):
-    """Our names for a block of another implementation, given as its modules."""
-    parts = {}
-    for w in both:
-        get = lambda m: getattr(m, w)
-        parts |= {f'blocks.{i}.norm1.{w}': get(norm1), f'blocks.{i}.norm2.{w}': get(norm2),
-                  f'blocks.{i}.attn.q.{w}': get(q), f'blocks.{i}.attn.kv.{w}': torch.cat([get(k), get(v)]),
-                  f'blocks.{i}.attn.out.{w}': get(out), f'blocks.{i}.mlp.down.{w}': get(down),
-                  f'blocks.{i}.mlp.up.{w}': get(up) if gate is None else torch.cat([get(gate), get(up)])}
-    return parts
-
-class Part:
-    def __init__(self, weight, bias):
-        self.weight, self.bias = weight, bias
+    assert {name: p.shape for name, p in own.items()} == {name: p.shape for name, p in tensors.items()}
+    for name, value in tensors.items():
+        own[name].copy_(value)
 
 def test_vision_encoder_equals_torchvisions_vit():
-    from torchvision.models import VisionTransformer
-    torch.manual_seed(0)
-    ref = VisionTransformer(32, 8, 2, 4, 32, 64).eval()
-    eye = vlm.VisionEncoder(replace(CFG, class_token=True, vision=replace(EYE, n_hidden=64)))
+    eye = build(replace(CFG, class_token=True, vision=replace(EYE, n_hidden=64)), vlm.VisionEncoder)
+    ref, (images, _) = torchvision.models.VisionTransformer(32, 8, 2, 4, 32, 64).eval(), some(CFG)
     torch.nn.init.normal_(ref.class_token)
-    parts = dict(class_token=ref.class_token, position=ref.encoder.pos_embedding[0])
-    parts |= {f'stem.{w}': getattr(ref.conv_proj, w) for w in ('weight', 'bias')}
-    parts |= {f'norm.{w}': getattr(ref.encoder.ln, w) for w in ('weight', 'bias')}
-    for i, layer in enumerate(ref.encoder.layers):
-        a = layer.self_attention
-        q, k, v = map(Part, a.in_proj_weight.chunk(3), a.in_proj_bias.chunk(3))
-        parts |= block_parts(i, layer.ln_1, layer.ln_2, q, k, v, a.out_proj, layer.mlp[0], layer.mlp[3])
-    put(eye, **parts)
-    images = torch.randn(2, 3, 32, 32)
-    x = ref._process_input(images)
-    close(eye(images), ref.encoder(torch.cat([ref.class_token.expand(2, -1, -1), x], 1))[:, 1:])
+    def block(b):
+        a = b.self_attention
+        q, kv = map(Part, a.in_proj_weight.split([32, 64]), a.in_proj_bias.split([32, 64]))
+        return b.ln_1, b.ln_2, q, kv, a.out_proj, b.mlp[0], b.mlp[3]
+    put(eye, map(block, ref.encoder.layers), {'stem': ref.conv_proj, 'norm': ref.encoder.ln},
+        class_token=ref.class_token, position=ref.encoder.pos_embedding[0])
+    x = torch.cat([ref.class_token.expand(3, -1, -1), ref._process_input(images)], 1)
+    close(eye(images), ref.encoder(x)[:, 1:])
 
 def test_vision_encoder_equals_transformers_siglip():
-    tf = pytest.importorskip('transformers')
-    torch.manual_seed(0)
-    ref = tf.SiglipVisionModel(tf.SiglipVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                                     num_attention_heads=4, image_size=32, patch_size=8)).eval()
-    core = getattr(ref, 'vision_model', ref)
+    tf, (images, _) = pytest.importorskip('transformers'), some(CFG)
+    ref = build(tf.SiglipVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, patch_size=8,
+                                      num_attention_heads=4, image_size=32), tf.SiglipVisionModel)
     eye = vlm.VisionEncoder(replace(CFG, vision=replace(EYE, n_hidden=64, activation='gelu_tanh')))
-    parts = dict(position=core.embeddings.position_embedding.weight)
-    parts |= {f'stem.{w}': getattr(core.embeddings.patch_embedding, w) for w in ('weight', 'bias')}
-    parts |= {f'norm.{w}': getattr(core.post_layernorm, w) for w in ('weight', 'bias')}
-    for i, layer in enumerate(core.encoder.layers):
-        a = layer.self_attn
-        parts |= block_parts(i, layer.layer_norm1, layer.layer_norm2, a.q_proj, a.k_proj, a.v_proj, a.out_proj,
-                             layer.mlp.fc1, layer.mlp.fc2)
-    put(eye, **parts)
-    images = torch.randn(2, 3, 32, 32)
+    core = getattr(ref, 'vision_model', ref)
+    def block(b):
+        a = b.self_attn
+        return b.layer_norm1, b.layer_norm2, a.q_proj, [a.k_proj, a.v_proj], a.out_proj, b.mlp.fc1, b.mlp.fc2
+    put(eye, map(block, core.encoder.layers), {'stem': core.embeddings.patch_embedding,
+        'norm': core.post_layernorm}, position=core.embeddings.position_embedding.weight)
     close(eye(images), ref(images).last_hidden_state)
 
 def test_language_model_equals_transformers_llama_with_grouped_heads():
-    tf = pytest.importorskip('transformers')
-    torch.manual_seed(0)
+    tf, model, (_, ids) = pytest.importorskip('transformers'), build(CFG), some(CFG, 2, 20)
     ref = tf.LlamaForCausalLM(tf.LlamaConfig(
         vocab_size=300, hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True)).eval()
-    model = build(CFG)
-    parts = {'embedding.weight': ref.model.embed_tokens.weight, 'norm.weight': ref.model.norm.weight}
-    for i, layer in enumerate(ref.model.layers):
-        a, m = layer.self_attn, layer.mlp
-        parts |= block_parts(i, layer.input_layernorm, layer.post_attention_layernorm, a.q_proj, a.k_proj, a.v_proj,
-                             a.o_proj, m.up_proj, m.down_proj, m.gate_proj, both=('weight',))
-    put(model.decoder, **parts)
-    ids = torch.randint(0, 300, (2, 20))
+    def block(b):
+        a, m = b.self_attn, b.mlp
+        return (b.input_layernorm, b.post_attention_layernorm, a.q_proj, [a.k_proj, a.v_proj], a.o_proj,
+                [m.gate_proj, m.up_proj], m.down_proj)
+    core = ref.model
+    put(model.decoder, map(block, core.layers), {'embedding': core.embed_tokens, 'norm': core.norm})
     close(model(None, ids)[0], ref(ids).logits)
     theirs = ref.generate(ids, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(model.generate(None, ids, max_new_tokens=30, temperature=0), theirs)
 
 def test_language_model_equals_transformers_gpt2():
-    tf = pytest.importorskip('transformers')
-    torch.manual_seed(0)
-    ref = tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=4)).eval()
+    tf, (_, ids) = pytest.importorskip('transformers'), some(CFG, 2, 20)
     model = build(replace(CFG, text=replace(EYE, norm_eps=1e-5, activation='gelu_tanh')))
-    core = ref.transformer
-    parts = {'embedding.weight': core.wte.weight, 'position': core.wpe.weight}
-    parts |= {f'norm.{w}': getattr(core.ln_f, w) for w in ('weight', 'bias')}
-    for i, b in enumerate(core.h):
-        q, k, v = map(Part, b.attn.c_attn.weight.T.chunk(3), b.attn.c_attn.bias.chunk(3))
-        out, up, down = (Part(m.weight.T, m.bias) for m in (b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj))
-        parts |= block_parts(i, b.ln_1, b.ln_2, q, k, v, out, up, down)
-    put(model.decoder, **parts)
-    ids = torch.randint(0, 300, (2, 20))
+    config = tf.GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    ref = tf.GPT2LMHeadModel(config).eval()
+    def block(b):
+        q, kv = map(Part, b.attn.c_attn.weight.T.split([32, 64]), b.attn.c_attn.bias.split([32, 64]))
+        rest = [Part(m.weight.T, m.bias) for m in (b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
+        return b.ln_1, b.ln_2, q, kv, *rest
+    put(model.decoder, map(block, ref.transformer.h), {'embedding': ref.transformer.wte,
+        'norm': ref.transformer.ln_f}, position=ref.transformer.wpe.weight)
     close(model(None, ids)[0], ref(ids).logits)
 
 def test_resnet_encoder_equals_torchvisions_feature_map():
-    import torchvision
-    torch.manual_seed(0)
-    ref, eye = torchvision.models.resnet18(weights=None).eval(), vlm.ResNetEncoder(KINDS['resnet']).eval()
+    eye, ref = build(KINDS['resnet'], vlm.ResNetEncoder), torchvision.models.resnet18(weights=None).eval()
     eye.load_state_dict({k: v for k, v in ref.state_dict().items() if not k.startswith('fc')})
-    images = torch.randn(2, 3, 64, 64)
-    seen = {}
-    ref.layer4.register_forward_hook(lambda m, i, out: seen.update(out=out))
-    ref(images)
-    close(eye(images), seen['out'].flatten(2).mT, 1e-5)
+    ref.avgpool, ref.fc, images = torch.nn.Identity(), torch.nn.Identity(), torch.randn(2, 3, 64, 64)
+    close(eye(images).mT.flatten(1), ref(images), 1e-5)
 
 def test_pixel_shuffle_takes_rows_then_columns_then_channels():
-    joint = vlm.MultimodalProjection(CFG, 32)
+    joint, x = vlm.MultimodalProjection(CFG, 32), torch.arange(16 * 32.0).view(4, 4, 32)
     joint.proj = torch.nn.Identity()
-    x = torch.arange(16 * 32.0).view(1, 4, 4, 32)
-    want = torch.stack([torch.cat([x[0, 2 * r, 2 * c], x[0, 2 * r, 2 * c + 1], x[0, 2 * r + 1, 2 * c],
-                                   x[0, 2 * r + 1, 2 * c + 1]]) for r in range(2) for c in range(2)])
+    want = torch.stack([torch.cat([x[r, c], x[r, c + 1], x[r + 1, c], x[r + 1, c + 1]])
+                        for r in (0, 2) for c in (0, 2)])
     assert torch.equal(joint(x.view(1, 16, 32))[0], want)
-
 # 6 the whole model ------------------------------------------------------------------------------------------
-
 def test_loss_is_that_of_predicting_each_token_from_what_is_before_it(cfg):
     """The slow way: a pass for each scored token over the image and the tokens before it, nothing else."""
     model, (images, ids) = build(cfg), some(cfg)
-    targets = ids.clone()
+    targets, slow = ids.clone(), []
     targets[0, :3], targets[1, 5:] = -100, -100
     logits, loss = model(images, ids, targets)
-    slow = []
-    for b in range(3):
-        for t in range(7):
-            if targets[b, t] != -100:
-                h, _ = model.hidden(images[b], ids[b:b + 1, :t])
-                slow.append(-model.decoder.head(h[0, -1]).log_softmax(-1)[ids[b, t]])
+    for b, t in (targets != -100).nonzero().tolist():
+        h, _ = model.hidden(images[b], ids[b:b + 1, :t])
+        slow.append(-model.decoder.head(h[0, -1]).log_softmax(-1)[ids[b, t]])
     close(loss, torch.stack(slow).mean(), 1e-4)
     assert logits.shape == (3, 7, cfg.vocab_size)
     close(F.cross_entropy(logits[2, :-1], ids[2, 1:]), torch.stack(slow[-6:]).mean(), 1e-4)
 
 def test_text_sees_the_image_and_the_past_but_not_the_future(cfg):
     model, (images, ids) = build(cfg), some(cfg)
-    logits, _ = model(images, ids)
-    changed = ids.clone()
+    logits, changed = model(images, ids)[0], ids.clone()
     changed[:, 4] = (changed[:, 4] + 1) % cfg.vocab_size
     other, _ = model(images, changed)
     assert torch.equal(logits[:, :4], other[:, :4]) and not torch.allclose(logits[:, 4:], other[:, 4:])
@@ -265,43 +215,37 @@ def test_generation_is_the_same_with_and_without_cache_in_batches_and_alone(cfg)
     assert torch.equal(plain, model.generate(images, ids, max_new_tokens=12, temperature=0, use_cache=False))
     for t in range(12):                                                    # and it is what forward says
         assert torch.equal(model(images, plain[:, :7 + t])[0][:, -1].argmax(-1), plain[:, 7 + t])
-    stop = int(plain[0, 9])
-    prompts = [ids[0], ids[1, :0], ids[2, :4]]
+    stop, prompts = int(plain[0, 9]), [ids[0], ids[1, :0], ids[2, :4]]
+    options = dict(max_new_tokens=12, temperature=0, stop=stop)
     for use_cache in (True, False):
-        rows = model.generate(images, prompts, max_new_tokens=12, temperature=0, stop=stop, use_cache=use_cache)
+        rows = model.generate(images, prompts, use_cache=use_cache, **options)
         for i, row in enumerate(rows):
-            alone = model.generate(images[i], prompts[i], max_new_tokens=12, temperature=0, stop=stop)
-            assert torch.equal(row, alone[0])
+            assert torch.equal(row, model.generate(images[i], prompts[i], **options)[0])
     assert rows[0][-1] == stop and len(rows[0]) <= 10
 
 def test_generate_shares_one_image_among_samples_and_leaves_the_mode_alone():
     model, (images, ids) = build(CFG).train(), some(CFG)
-    torch.manual_seed(0)
     out = model.generate(images[0], ids[0], max_new_tokens=6, num_samples=5)
     assert out.shape == (5, 13) and len({tuple(r) for r in out.tolist()}) > 1 and model.training
     greedy = model.generate(images[:2], ids[:2], max_new_tokens=6, num_samples=2, temperature=0)
     assert torch.equal(greedy[::2], greedy[1::2]) and not torch.equal(greedy[0], greedy[2])
-    assert torch.equal(greedy[::2], model.eval().generate(images[:2], ids[:2], max_new_tokens=6, temperature=0))
-    long = model.generate(images[0], ids[0], max_new_tokens=999)
-    assert long.size(1) == CFG.block_size - CFG.n_visual
+    alone = model.eval().generate(images[:2], ids[:2], max_new_tokens=6, temperature=0)
+    assert torch.equal(greedy[::2], alone)
+    assert model.generate(images[0], ids[0], max_new_tokens=999).size(1) == CFG.block_size - CFG.n_visual
     assert model.generate(images[0], ids[0], max_new_tokens=0).shape == (1, 7)
-    with pytest.raises(UserError, match='block_size=64'):
-        model.generate(images[0], torch.zeros(70, dtype=torch.long))
-    with pytest.raises(UserError, match='at least 1'):
-        model.generate(None, ids[0, :0])
+    refuses('block_size=64', model.generate, images[0], torch.zeros(70, dtype=torch.long))
+    refuses('at least 1', model.generate, None, ids[0, :0])
 
 def test_score_is_the_sum_of_log_probabilities():
     model, (images, ids) = build(CFG), some(CFG)
-    scores = model.score(images[0], ids[0, :3], [ids[1], ids[2, :2]])
-    for score, choice in zip(scores, (ids[1], ids[2, :2])):
-        whole = torch.cat([ids[0, :3], choice])
+    prompt, choices = ids[0, :3], [ids[1], ids[2, :2]]
+    for score, choice in zip(model.score(images[0], prompt, choices), choices):
         targets = torch.cat([torch.full((3,), -100), choice])
-        close(score, -model(images[0], whole, targets)[1] * len(choice), 1e-4)
+        close(score, -model(images[0], torch.cat([prompt, choice]), targets)[1] * len(choice), 1e-4)
 
 def test_tiny_overfits_one_batch_with_adamw():
     cfg = replace(PRESETS['tiny'], vocab_size=257, block_size=150)
-    torch.manual_seed(0)
-    model, tok = MinimalVLM(cfg), Tokenizer.make('bytes')
+    model, tok = build(cfg).train(), Tokenizer.make('bytes')
     batch = collate([Shapes('train')[i] for i in range(4)], cfg, tok, image_transform(cfg))
     opt = torch.optim.AdamW(model.parameters(), 3e-3)
     for step in range(150):
@@ -312,22 +256,18 @@ def test_tiny_overfits_one_batch_with_adamw():
         if loss < 0.04:
             break
     assert loss < 0.05, loss
-
 # 7 sampling -------------------------------------------------------------------------------------------------
-
 def draws(logits, n=4000, **options):
     torch.manual_seed(0)
     return Counter(sample_top_p(torch.tensor(logits).log().expand(n, -1), **options).flatten().tolist())
 
 def test_top_p_keeps_the_token_that_crosses_p_and_no_more():
-    """Of 0.5, 0.3, 0.15, 0.05: p = 0.6 needs the first two, p = 0.5 only the first, p = 0.81 the first three."""
+    """Of 0.5, 0.3, 0.15, 0.05: p = 0.6 needs the first two, 0.49 only the first, 0.81 the first three."""
     probs = [0.15, 0.5, 0.05, 0.3]
-    assert set(draws(probs, p=0.6)) == {1, 3}
+    assert set(draws(probs, p=0.6)) == {1, 3} == set(draws(probs, p=1.0, top_k=2))
     assert set(draws(probs, p=0.49)) == {1} == set(draws(probs, p=1e-9))
-    assert set(draws(probs, p=0.81)) == {0, 1, 3}
-    assert set(draws(probs, p=1.0)) == {0, 1, 2, 3}
+    assert set(draws(probs, p=0.81)) == {0, 1, 3} and set(draws(probs, p=1.0)) == {0, 1, 2, 3}
     assert abs(draws(probs, p=0.6)[1] / 4000 - 0.5 / 0.8) < 0.03
-    assert set(draws(probs, p=1.0, top_k=2)) == {1, 3}
 
 def test_temperature_comes_before_top_p_and_zero_is_greedy():
     probs = [0.5, 0.3, 0.2]
@@ -337,39 +277,29 @@ def test_temperature_comes_before_top_p_and_zero_is_greedy():
     rows = sample_top_p(torch.tensor([[0.0, 9, 0], [9, 0, 0]]), p=0.5)
     assert rows.tolist() == [[1], [0]] and sample_top_p(torch.tensor([0.0, 9, 0]), p=0.5).tolist() == [1]
     for wrong in (dict(p=0), dict(p=2), dict(temperature=-1), dict(top_k=-1)):
-        with pytest.raises(UserError):
-            sample_top_p(torch.zeros(3), **wrong)
-
+        refuses('must be >= 0', sample_top_p, torch.zeros(3), **wrong)
 # 8 checkpoints ----------------------------------------------------------------------------------------------
-
 def test_a_checkpoint_gives_back_model_tokenizer_and_extras(tmp_path, cfg):
     model, tok = build(cfg), Tokenizer.make('bpe', ['a small red cat, a red hat'] * 3, 300)
     save_checkpoint(f'{tmp_path}/c.pt', model, tok, step=7)
     again, checkpoint = load_checkpoint(f'{tmp_path}/c.pt')
     assert again.cfg == cfg and checkpoint['step'] == 7
     assert checkpoint['tokenizer'].encode('a red hat') == tok.encode('a red hat')
-    images, ids = some(cfg)
-    assert torch.equal(again.eval()(images, ids)[0], model(images, ids)[0])
+    assert torch.equal(again.eval()(*some(cfg))[0], model(*some(cfg))[0])
 
 def test_damaged_foreign_and_hostile_checkpoints_are_refused_in_one_line(tmp_path):
-    path = f'{tmp_path}/c.pt'
-    with pytest.raises(UserError, match='train.py'):
-        load_checkpoint(path)
-    save_checkpoint(path, build(CFG), Tokenizer.make('bytes'))
-    whole = open(path, 'rb').read()
-
     class Evil:
         def __reduce__(self):
             return os.system, (f'touch {tmp_path}/executed',)
-    torch.save({'model': Evil()}, f'{tmp_path}/evil.pt')
-    evil = open(f'{tmp_path}/evil.pt', 'rb').read()
-    torch.save({'some': 'thing'}, f'{tmp_path}/foreign.pt')
-    for content in (whole[:len(whole) // 2], b'', b'hello', evil, open(f'{tmp_path}/foreign.pt', 'rb').read()):
-        open(path, 'wb').write(content)
-        with pytest.raises(UserError, match='damaged') as e:
-            load_checkpoint(path)
-        assert '\n' not in str(e.value) and path in str(e.value)
-    assert not os.path.exists(f'{tmp_path}/executed')
+    path = tmp_path / 'c.pt'
+    refuses('train.py', load_checkpoint, str(path))
+    save_checkpoint(str(path), build(CFG), Tokenizer.make('bytes'))
+    whole = path.read_bytes()
+    for content in (whole[:len(whole) // 2], b'', b'hello', {'model': Evil()}, {'some': 'thing'}):
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        said = refuses('damaged', load_checkpoint, str(path))
+        assert '\n' not in said and str(path) in said
+    assert not (tmp_path / 'executed').exists()
 
 def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path, tok = f'{tmp_path}/c.pt', Tokenizer.make('bytes')
@@ -378,24 +308,20 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         args[1].write(b'half of it')
         raise OSError('No space left on device')
     monkeypatch.setattr(torch, 'save', full)
-    with pytest.raises(UserError, match='No space left'):
-        save_checkpoint(path, build(CFG), tok, step=2)
+    refuses('No space left', save_checkpoint, path, build(CFG), tok, step=2)
     assert load_checkpoint(path)[1]['step'] == 1
-
 # 9 text and pixels ------------------------------------------------------------------------------------------
-
-WORDS = ['a small red cat sits on a red mat', 'the cat sat, the mat sat', 'two cats and 12 hats, naïve café 😀']
-
-def random_strings(n):
-    rng = random.Random(0)
-    ranges = [(32, 127), (160, 0x250), (0x4e00, 0x4f00), (0x1f600, 0x1f640), (9, 14), (48, 58)]
-    return [''.join(chr(rng.randint(a, b - 1)) for a, b in rng.choices(ranges, k=rng.randint(0, 30))) for _ in range(n)]
+WORDS = ['a small red cat sits on a red mat', 'the cat sat, the mat sat',
+         'two cats and 12 hats, naïve café 😀']
 
 @pytest.mark.parametrize('name', ['bytes', 'bpe'])
 def test_tokenizers_give_any_text_back_also_from_their_state(name):
-    tok = Tokenizer.make(name, WORDS * 2, 300)
+    tok, rng = Tokenizer.make(name, WORDS * 2, 300), random.Random(0)
     again = Tokenizer(**json.loads(json.dumps(tok.state)))
-    for text in random_strings(500) + WORDS + ['<|endoftext|>']:
+    ranges = [(32, 127), (160, 0x250), (0x4e00, 0x4f00), (0x1f600, 0x1f640), (9, 14), (48, 58)]
+    picks = [rng.choices(ranges, k=rng.randint(0, 30)) for _ in range(500)]
+    texts = [''.join(chr(rng.randrange(a, b)) for a, b in pick) for pick in picks]
+    for text in [*texts, *WORDS, '<|endoftext|>']:
         ids = tok.encode(text)
         assert tok.decode(ids) == text and again.encode(text) == ids and tok.eos not in ids
     assert tok.decode([tok.eos]) == '' and max(tok.eos + 1, 257) == tok.n_vocab
@@ -404,20 +330,17 @@ def test_learned_bpe_equals_the_slow_way():
     """Recounting all pairs of all words before each merge; where counts tie, any of the best is right."""
     words = Counter(w for t in WORDS * 2 for w in re.findall(r' ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+', ' ' + t))
     parts = {w: list(w.encode().decode('latin-1')) for w in words}
-    learned = [t for t, rank in sorted(vlm.learn_bpe(WORDS * 2, 320).items(), key=lambda item: item[1]) if rank > 255]
+    ranks = vlm.learn_bpe(WORDS * 2, 320)
+    learned = [token for token in sorted(ranks, key=ranks.get) if ranks[token] > 255]
     assert len(learned) > 30 and ' cat' in learned
     for token in learned:
-        pairs = Counter()
-        for w, p in parts.items():
-            for pair in zip(p, p[1:]):
-                pairs[pair] += words[w]
+        pairs = Counter(pair for w, p in parts.items() for pair in [*zip(p, p[1:])] * words[w])
         best = [pair for pair in pairs if ''.join(pair) == token]
         assert best and pairs[best[0]] == max(pairs.values())
-        for w, p in parts.items():
-            i = 0
-            while i < len(p) - 1:
-                p[i:i + 2] = [token] if (p[i], p[i + 1]) == best[0] else p[i:i + 2]
-                i += 1
+        for p in parts.values():
+            for i in range(len(p)):
+                if tuple(p[i:i + 2]) == best[0]:
+                    p[i:i + 2] = [token]
 
 def test_streamed_text_never_breaks_a_character():
     tok = Tokenizer.make('bytes')
@@ -429,60 +352,49 @@ def test_gpt2_tokenizer_offline_says_what_to_do(monkeypatch):
     def offline(name):
         raise ConnectionError('no route')
     monkeypatch.setattr(vlm.tiktoken, 'get_encoding', offline)
-    with pytest.raises(UserError, match='--tokenizer=bpe'):
-        Tokenizer.make('gpt2')
+    refuses('--tokenizer=bpe', Tokenizer.make, 'gpt2')
 
 def test_every_kind_of_image_becomes_upright_8_bit_rgb():
-    """A picture whose top half is white and bottom half black, in many modes, must come out so."""
-    base = Image.new('L', (8, 8), 0)
+    """A picture with a white top and a black bottom half, in many modes; 16 bits are scaled, not clipped."""
+    base, clear = Image.new('L', (8, 8), 0), Image.new('RGBA', (8, 8), (0, 0, 0, 255))
     base.paste(255, (0, 0, 8, 4))
-    deep = Image.frombytes('I;16', (8, 8), b'\xff\xff' * 32 + b'\x00\x00' * 32)
-    clear = Image.new('RGBA', (8, 8), (0, 0, 0, 255))
     clear.paste((0, 0, 0, 0), (0, 0, 8, 4))
+    deep = Image.frombytes('I;16', (8, 8), b'\xff\xff' * 32 + b'\x00\x00' * 32)
     turned = base.rotate(180)
     turned.getexif()[274] = 3
-    pictures = dict(grey=base, rgb=base.convert('RGB'), cmyk=base.convert('RGB').convert('CMYK'), palette=base.convert('P'),
-                    one_bit=base.convert('1'), deep=deep, int32=base.convert('I'), alpha=clear, exif=turned,
-                    la=Image.merge('LA', [base, Image.new('L', (8, 8), 255)]), float=base.convert('F'))
+    pictures = {mode: base.convert(mode) for mode in ('L', 'RGB', 'P', '1', 'I', 'F')}
+    pictures |= dict(cmyk=base.convert('RGB').convert('CMYK'), deep=deep, alpha=clear, exif=turned,
+                     la=Image.merge('LA', [base, Image.new('L', (8, 8), 255)]))
     for name, picture in pictures.items():
         rgb = vlm.to_rgb(picture)
-        assert rgb.mode == 'RGB' and rgb.size == (8, 8)
-        assert rgb.getpixel((4, 1)) == (255,) * 3 and rgb.getpixel((4, 6)) == (0,) * 3, (name, rgb.getpixel((4, 1)))
-    half = Image.frombytes('I;16', (1, 1), (32768).to_bytes(2, 'little'))
-    assert abs(vlm.to_rgb(half).getpixel((0, 0))[0] - 127) <= 1            # scaled, not clipped
+        seen = rgb.mode, rgb.size, rgb.getpixel((4, 1)), rgb.getpixel((4, 6))
+        assert seen == ('RGB', (8, 8), (255,) * 3, (0,) * 3), (name, seen)
+    half = vlm.to_rgb(Image.frombytes('I;16', (1, 1), (32768).to_bytes(2, 'little'))).getpixel((0, 0))
+    assert abs(half[0] - 127) <= 1
 
 def test_pixels_are_normalised_as_the_config_says():
-    from torchvision.transforms import functional as TF
     cfg = replace(CFG, image_mean=(0.1, 0.2, 0.3), image_std=(0.5, 0.6, 0.7), image_resize='crop')
     picture = Image.effect_noise((60, 40), 90).convert('RGB')
     pixels, model = image_transform(cfg)(picture), build(cfg)
     assert pixels.dtype == torch.uint8 and pixels.shape == (3, 32, 32)
-    want = TF.normalize(pixels.float() / 255, cfg.image_mean, cfg.image_std)
-    close(model.see(pixels), model.see(want), 1e-6)
+    close(model.see(pixels), model.see(TF.normalize(pixels / 255, cfg.image_mean, cfg.image_std)), 1e-6)
     close(pixels.float(), TF.center_crop(TF.pil_to_tensor(TF.resize(picture, 32)).float(), 32), 2.0)
 
 @pytest.mark.skipif(not os.path.isdir(f'{DATA}/odd_images'), reason='needs ../shared/data/odd_images')
 def test_awkward_files_are_read_or_refused_by_name():
-    with open(f'{DATA}/odd_images/manifest.csv', newline='') as f:
-        for row in csv.DictReader(f):
-            path = f"{DATA}/odd_images/{row['file']}"
-            try:
-                image_transform(CFG)(open_image(path, 32))
-                readable = True
-            except UserError as e:
-                assert row['file'] in str(e) and '\n' not in str(e)
-                readable = False
-            assert readable or row['pillow_opens'] != 'ok' or 'bomb' in row['file'], row
+    for row in table(DATA / 'odd_images' / 'manifest.csv'):
+        try:
+            image_transform(CFG)(open_image(f"{DATA}/odd_images/{row['file']}", 32))
+        except UserError as e:
+            assert row['file'] in str(e) and '\n' not in str(e)
+            assert row['pillow_opens'] != 'ok' or 'bomb' in row['file'], row
 
 def test_a_batch_is_padded_on_the_right_and_scored_on_answers_only():
-    tok, items = Tokenizer.make('bytes'), [(Image.new('RGB', (9, 9)), 'q?', 'yes'), (Image.new('RGB', (9, 9)), '', 'no')]
-    images, ids, targets = collate(items, CFG, tok, image_transform(CFG))
-    assert images.shape == (2, 3, 32, 32)
-    assert ids.tolist() == [[*b'q? yes', 256], [*b' no', 256, 0, 0, 0]]
+    tok, blank = Tokenizer.make('bytes'), Image.new('RGB', (9, 9))
+    images, ids, targets = collate([(blank, 'q?', 'yes'), (blank, '', 'no')], CFG, tok, image_transform(CFG))
+    assert images.shape == (2, 3, 32, 32) and ids.tolist() == [[*b'q? yes', 256], [*b' no', 256, 0, 0, 0]]
     assert targets.tolist() == [[-100, -100, *b' yes', 256], [*b' no', 256, -100, -100, -100]]
-
 # 10 data ----------------------------------------------------------------------------------------------------
-
 def test_scenes_come_from_seed_split_and_index_and_keep_unseen_pairs_out_of_training():
     a, b = Shapes('train', 1), Shapes('train', 1)
     assert a[5][1:] == b[5][1:] and a[5][0].tobytes() == b[5][0].tobytes()
@@ -491,36 +403,33 @@ def test_scenes_come_from_seed_split_and_index_and_keep_unseen_pairs_out_of_trai
     for split in ('train', 'val'):
         text = ' '.join(' '.join(Shapes(split, 3)[i][1:]) for i in range(600))
         assert not [pair for pair in vlm.UNSEEN if pair in text]
-    for i in range(100):
-        said = Shapes('novel', 3, 'caption')[i][2]
-        assert len(re.findall('|'.join(vlm.UNSEEN), said)) == len(re.findall('small|large', said)) in (1, 2, 3)
+    for text in (Shapes('novel', 3, 'caption')[i][2] for i in range(100)):
+        assert 1 <= len(re.findall('|'.join(vlm.UNSEEN), text)) == len(re.findall('small|large', text)) <= 3
 
 def test_captions_tell_what_is_drawn():
-    """An oracle of its own: where a thing is said to be, the picture has about its colour, and no other thing."""
+    """Where a thing is said to be, the picture has about its colour, and no other thing."""
     centers = {p: (0.21 + 0.29 * (i % 3), 0.21 + 0.29 * (i // 3)) for i, p in enumerate(vlm.PLACES)}
+    places = '|'.join(vlm.PLACES)
     for i in range(200):
         image, _, text = Shapes('val', 5, 'caption', pixels=200)[i]
-        said = re.findall(r'a (small|large) (\w+) (\w+) ((?:at|on|in) the (?:top|bottom|left|right|center| )+)', text)
-        places = [place.strip() for *_, place in said]
-        assert places and sorted(places, key=vlm.PLACES.index) == places
+        said = re.findall(rf'a (?:small|large) (\w+) \w+ ({places})(?=,|$| and)', text)
+        colors = {place: vlm.COLORS[color] for color, place in said}
+        assert 0 < len(colors) == len(re.findall('small|large', text))
+        assert sorted(colors, key=vlm.PLACES.index) == [*colors]
         for place, (x, y) in centers.items():
             seen = image.getpixel((int(200 * x), int(200 * y)))
-            named = [color for _, color, _, p in said if p.strip() == place]
-            if named:
-                assert max(abs(a - b) for a, b in zip(seen, vlm.COLORS[named[0]])) < 30, text
-            else:
-                assert min(seen) > 200 or len(said) > 1, text
+            far = max(abs(a - b) for a, b in zip(seen, colors.get(place, seen)))
+            assert far < 30 if place in colors else min(seen) > 200 or len(said) > 1, text
 
 def test_answers_to_questions_agree_with_the_caption_of_the_scene():
     for i in range(400):
-        data = Shapes('train', 9, vlm.QUESTIONS[i % len(vlm.QUESTIONS)])
-        rng = random.Random(i)
+        data, rng = Shapes('train', 9, vlm.QUESTIONS[i % len(vlm.QUESTIONS)]), random.Random(i)
         scene = data.scene(rng)
-        qa = data.ask(data.kind, scene, rng)
-        if qa is None:
+        if (qa := data.ask(data.kind, scene, rng)) is None:
             continue
         question, answer = qa
-        things = re.findall(r'(?:small|large) (\w+ \w+)', data.ask('caption', scene, rng)[1])
+        caption = data.ask('caption', scene, rng)[1]
+        things = re.findall(r'(?:small|large) (\w+ \w+)', caption)
         if data.kind == 'count':
             what = re.search(r'(\w+)\?', question)[1]
             n = len(things) if what == 'there' else sum(what in thing for thing in things)
@@ -528,7 +437,13 @@ def test_answers_to_questions_agree_with_the_caption_of_the_scene():
         elif data.kind == 'exists':
             assert (answer == 'yes') == (re.search(r'there an? (\w+ \w+)', question)[1] in things)
         elif data.kind == 'choice':
-            assert [o for o in re.findall(r'(\w+ \w+)(?=,| or|\?)', question.split(': ')[1]) if o in things] == [answer]
+            shape, *options = re.findall(r'(\w+)(?=[:,?]| or )', question)
+            assert answer in options and [t for t in things if shape in t] == [f'{answer} {shape}']
+        elif data.kind == 'side':
+            things = re.findall(rf"({'|'.join(vlm.SHAPES)}) ({'|'.join(vlm.PLACES)})(?=,|$| and)", caption)
+            column = {shape: ('right' in place) - ('left' in place) for shape, place in things}
+            first, second = re.findall(r'the (\w+)', question)
+            assert answer == ('left' if column[first] < column[second] else 'right')
         elif data.kind in ('color', 'shape'):
             named = re.search(r'is the (\w+)', question)[1]
             assert [t for t in things if named in t][0].replace(named, '').strip() == answer
@@ -538,24 +453,31 @@ def photos(folder, n):
     for i in range(n):
         Image.new('RGB', (40, 30), (i, 0, 0)).save(f'{folder}/{i}.png')
 
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
 def test_every_caption_format_gives_the_same_items(tmp_path):
     photos(f'{tmp_path}/images', 4)
-    def write(name, text):
-        with open(f'{tmp_path}/{name}', 'w') as f:
-            f.write(text)
-        data = make_dataset(f'{tmp_path}/{name}', 'val', val_spec=f'{tmp_path}/{name}')
-        return sorted((image.getpixel((0, 0))[0], prompt, answer) for image, prompt, answer in (data[i] for i in range(len(data))))
+    def items(name, text):
+        path = write(tmp_path / name, text)
+        data = make_dataset(path, 'val', val_spec=path)
+        found = (data[i] for i in range(len(data)))
+        return sorted((image.getpixel((0, 0))[0], *words) for image, *words in found)
     want = [(i, '', f'photo, number {i}') for i in range(4)]
     rows = [{'image': f'{i}.png', 'caption': f'photo, number {i}'} for i in range(4)]
-    assert write('a.csv', 'image,caption\n' + ''.join(f'{i}.png,"photo, number {i}"\n' for i in range(4))) == want
-    assert write('a.jsonl', '\n'.join(map(json.dumps, rows))) == want
-    assert write('a.json', json.dumps({'images': [{'id': i, 'file_name': f'{i}.png'} for i in range(4)], 'annotations': [
-        {'image_id': i, 'caption': row['caption']} for i, row in enumerate(rows)]})) == want
+    assert items('a.csv', '\n'.join(['image,caption', *(f'{i}.png,"{text}"' for i, _, text in want)])) == want
+    assert items('a.jsonl', '\n'.join(map(json.dumps, rows))) == want
+    coco = {'images': [{'id': i, 'file_name': f'{i}.png'} for i in range(4)],
+            'annotations': [{'image_id': i, 'caption': row['caption']} for i, row in enumerate(rows)]}
+    assert items('a.json', json.dumps(coco)) == want
     qa = [(i, f'{w}?', f'{w} {i}') for i in range(4) for w in ('who', 'why')]
-    talk = [[{'from': 'human', 'value': '<image>\nwho?'}, {'from': 'gpt', 'value': f'who {i}'},
-             {'from': 'human', 'value': 'why?'}, {'from': 'gpt', 'value': f'why {i}'}] for i in range(4)]
-    assert write('b.json', json.dumps([{'image': f'{i}.png', 'conversations': t} for i, t in enumerate(talk)])) == qa
-    assert write('b.jsonl', '\n'.join(json.dumps(dict(image=f'{i}.png', prompt=q, answer=a)) for i, q, a in qa)) == qa
+    talk = [{'image': f'{i}.png', 'conversations': [
+        {'from': 'human', 'value': '<image>\nwho?'}, {'from': 'gpt', 'value': f'who {i}'},
+        {'from': 'human', 'value': 'why?'}, {'from': 'gpt', 'value': f'why {i}'}]} for i in range(4)]
+    assert items('b.json', json.dumps(talk)) == qa
+    rows = [dict(image=f'{i}.png', prompt=q, answer=a) for i, q, a in qa]
+    assert items('b.jsonl', '\n'.join(map(json.dumps, rows))) == qa
 
 def test_a_folder_of_class_folders_and_the_split_by_image(tmp_path):
     for name in ('cat', 'sea_horse'):
@@ -563,56 +485,47 @@ def test_a_folder_of_class_folders_and_the_split_by_image(tmp_path):
     train, val = (make_dataset(str(tmp_path), split) for split in ('train', 'val'))
     assert (len(train), len(val)) == (57, 3) and not set(train.names) & set(val.names)
     assert {train[i][1:] for i in range(57)} == {('what is this?', 'cat'), ('what is this?', 'sea horse')}
-    with open(f'{tmp_path}/c.csv', 'w') as f:
-        f.write('image,caption\n' + ''.join(f'cat/{i % 30}.png,say {i}\n' for i in range(90)))
-    train, val = (make_dataset(f'{tmp_path}/c.csv', split) for split in ('train', 'val'))
+    rows = ''.join(f'cat/{i % 30}.png,say {i}\n' for i in range(90))
+    path = write(tmp_path / 'c.csv', f'image,caption\n{rows}')
+    train, val = (make_dataset(path, split) for split in ('train', 'val'))
     assert len(train) + len(val) == 90 and len(val) == 3 and not set(train.names) & set(val.names)
 
 def test_bad_rows_and_images_are_named_and_do_not_stop_a_run(tmp_path, capfd):
     photos(tmp_path, 3)
-    open(f'{tmp_path}/1.png', 'wb').write(b'not a picture')
-    with open(f'{tmp_path}/c.csv', 'w') as f:
-        f.write('image,caption\n' + ''.join(f'{i}.png,say {i}\n' for i in (0, 1, 2, 7)))
-    data = make_dataset(f'{tmp_path}/c.csv', 'val', val_spec=f'{tmp_path}/c.csv')
+    write(tmp_path / '1.png', 'not a picture')
+    path = write(tmp_path / 'c.csv', 'image,caption\n' + ''.join(f'{i}.png,say {i}\n' for i in (0, 1, 2, 7)))
+    data = make_dataset(path, 'val', val_spec=path)
     assert 'WARNING' in (err := capfd.readouterr().err) and '1 of 4' in err and '7.png' in err
-    assert [data[i][2] for i in (0, 1, 2, 1)] == ['say 0', 'say 2', 'say 2', 'say 2'] and int(data.bad.sum()) == 1
-    assert capfd.readouterr().err.count('skipped: ') == 1
-    def refuse(text, match, name='d.csv'):
-        with open(f'{tmp_path}/{name}', 'w') as f:
-            f.write(text)
-        with pytest.raises(UserError, match=match):
-            make_dataset(f'{tmp_path}/{name}', 'train')
-    refuse('picture,text\n0.png,x\n', 'row 1: wanted image and caption')
-    refuse('image,caption\nx.png,a\ny.png,b\n', 'names 2 images, and none is in')
-    refuse('{"image": "0.png"}', 'row 1: wanted', 'd.jsonl')
-    refuse('{"image": "0.png"', 'not a caption file', 'd.jsonl')
-    refuse('image,caption\n0.png,a\n', 'too few')
-    refuse('{"images": []}', 'annotations', 'd.json')
-    with pytest.raises(UserError, match='neither'):
-        make_dataset(f'{tmp_path}/nothing.csv')
+    assert [data[i][2] for i in (0, 1, 2, 1)] == ['say 0', 'say 2', 'say 2', 'say 2']
+    assert capfd.readouterr().err.count('skipped: ') == 1 == int(data.bad.sum())
+    for name, text, match in [
+            ('d.csv', 'picture,text\n0.png,x\n', 'row 1: wanted image and caption'),
+            ('d.csv', 'image,caption\nx.png,a\ny.png,b\n', 'names 2 images, and none is in'),
+            ('d.csv', 'image,caption\n0.png,a\n', 'too few'), ('d.json', '{"images": []}', 'annotations'),
+            ('d.jsonl', '{"image": "0.png"}', 'row 1: wanted'),
+            ('d.jsonl', '{"image": "0.png"', 'not a caption file')]:
+        refuses(match, make_dataset, write(tmp_path / name, text), 'train')
+    refuses('neither', make_dataset, f'{tmp_path}/nothing.csv')
 
 @pytest.mark.skipif(not os.path.isdir(f'{DATA}/coco_captions'), reason='needs ../shared/data/coco_captions')
 def test_a_set_without_a_single_image_is_one_error(capfd):
-    with pytest.raises(UserError, match='none is in'):
-        make_dataset(f'{DATA}/coco_captions/captions_val2017_800.json')
+    refuses('none is in', make_dataset, f'{DATA}/coco_captions/captions_val2017_800.json')
     assert capfd.readouterr().err == ''
-
 # 11 command line, and the runners ---------------------------------------------------------------------------
-
 def test_wrong_settings_are_one_line_that_helps(capsys):
-    with open(f'{HERE}/train.py') as f:
-        names = re.findall(r'^(\w+) = (.*?)  +# ', f.read(), re.M)
+    names = re.findall(r'^(\w+) = (.*?)  +# ', (HERE / 'train.py').read_text(encoding='utf-8'), re.M)
     def call(*argv):
         settings = dict({k: ast.literal_eval(v) for k, v in names}, __file__=f'{HERE}/train.py', __doc__='')
         vlm.override(settings, list(argv))
         return settings
     good = call('--batch_size=32', '--learning_rate', '1', '--compile', '--augment=false', '--dataset=my.csv')
-    assert (good['batch_size'], good['learning_rate'], good['compile'], good['augment']) == (32, 1.0, True, False)
+    assert good.items() >= dict(batch_size=32, learning_rate=1.0, compile=True, augment=False).items()
     assert isinstance(good['learning_rate'], float)
-    for argv, words in {'--bach_size=32': 'did you mean --batch_size', '--max_iters=ten': "'ten' is not a whole number",
-                        '--batch_size=0': 'as asked for: > 0', '--optimizer=sgd': 'muon', '--beta1=1': 'and < 1',
-                        '--learning_rate=nan': '> 0', '--compile=maybe': 'true or false', 'x': 'no setting x',
-                        '--seed=1.5': 'whole number', '--min_lr=-0.1': '>= 0 and <= 1', '--out_dir': 'expected one'}.items():
+    for argv, words in {
+            '--bach_size=32': 'did you mean --batch_size', '--max_iters=ten': "'ten' is not a whole number",
+            '--batch_size=0': 'as asked for: > 0', '--optimizer=sgd': 'muon', '--beta1=1': 'and < 1',
+            '--learning_rate=nan': '> 0', '--compile=maybe': 'true or false', '--out_dir': 'expected one',
+            '--seed=1.5': 'whole number', '--min_lr=-0.1': '>= 0 and <= 1', 'x': 'no setting x'}.items():
         with pytest.raises(SystemExit) as stop:
             call(argv)
         err = capsys.readouterr().err
@@ -622,28 +535,27 @@ def test_wrong_settings_are_one_line_that_helps(capsys):
     out = capsys.readouterr().out
     assert stop.value.code == 0 and all(f'--{name}' in out for name, _ in names)
 
-SMALL = ['--batch_size=8', '--eval_iters=1', '--eval_samples=4', '--final_samples=4', '--log_interval=1',
-         '--lr_decay_iters=6', '--dtype=float32']
+SMALL = ['--batch_size=8', '--eval_iters=1', '--eval_samples=2', '--log_interval=1', '--lr_decay_iters=6',
+         '--dtype=float32']
 
 def losses(folder):
-    with open(f'{folder}/log.csv') as f:
-        return [row['loss'] for row in csv.DictReader(f) if row['loss']]
+    return [row['loss'] for row in table(folder / 'log.csv') if row['loss']]
 
 def test_a_resumed_run_equals_one_that_never_stopped(tmp_path):
     """Bit for bit, on the CPU: twice the same run, and one stopped in the middle by SIGTERM."""
     for name in 'ab':
         assert run('train.py', *SMALL, '--max_iters=6', f'--out_dir={name}', cwd=tmp_path).returncode == 0
-    assert losses(f'{tmp_path}/a') == losses(f'{tmp_path}/b') and len(losses(f'{tmp_path}/a')) == 6
-    long = subprocess.Popen([sys.executable, f'{HERE}/train.py', *SMALL, '--max_iters=6', '--out_dir=c'], cwd=tmp_path,
-                            stdout=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '2'})
+    assert losses(tmp_path / 'a') == losses(tmp_path / 'b') and len(losses(tmp_path / 'a')) == 6
+    long = subprocess.Popen([sys.executable, HERE / 'train.py', *SMALL, '--max_iters=6', '--out_dir=c'],
+                            cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, text=True)
     for line in long.stdout:
         if line.startswith('step 3/6'):
             long.send_signal(signal.SIGTERM)
     assert long.wait() == 0
     resumed = run('train.py', '--init_from=resume', '--out_dir=c', cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    assert losses(f'{tmp_path}/c') == losses(f'{tmp_path}/a')
     whole, again = (torch.load(f'{tmp_path}/{name}/ckpt.pt', weights_only=True)['model'] for name in 'ac')
+    assert losses(tmp_path / 'c') == losses(tmp_path / 'a')
     assert all(torch.equal(whole[k], again[k]) for k in whole)
     other = run('train.py', *SMALL, '--seed=2', '--out_dir=a', cwd=tmp_path)
     assert other.returncode == 1 and 'seed=1337' in other.stderr and other.stderr.count('\n') == 1
@@ -657,52 +569,48 @@ def trained(tmp_path_factory):
     return folder, done.stdout
 
 def test_the_default_job_learns_to_look(trained):
-    """Of nothing but prompts and captions nothing can be known of a scene: the loss with swapped images is far worse."""
+    """Prompts and captions alone tell nothing of a scene: the loss with swapped images is far worse."""
     folder, printed = trained
     assert float(re.search(r'image gain (-?[\d.]+)', printed)[1]) > 1.0
-    assert os.path.getsize(f'{folder}/out/samples.png') > 10_000 and len(losses(f'{folder}/out')) == 7
+    assert os.path.getsize(f'{folder}/out/samples.png') > 10_000 and len(losses(folder / 'out')) == 7
+
+SHADES = dict(red='#d02030', green='#2f9e50', blue='#3050d8', yellow='#f0dc38', orange='#f08a20',
+              purple='#9040b8', cyan='#45c8dc', black='#2c2c2c')
+OUTLINES = {'square': [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],        # in radii
+            'triangle': [(0, -1), (0.866, 0.5), (-0.866, 0.5)],
+            'diamond': [(0, -1.1), (0.7, 0), (0, 1.1), (-0.7, 0)],
+            'cross': [(1, 0.3), (1, -0.3), (0.3, -0.3), (0.3, -1), (-0.3, -1), (-0.3, -0.3), (-1, -0.3),
+                      (-1, 0.3), (-0.3, 0.3), (-0.3, 1), (0.3, 1), (0.3, 0.3)],
+            'star': [(r * math.sin(i * math.pi / 5), -r * math.cos(i * math.pi / 5))
+                     for i, r in enumerate([1.05, 0.43] * 5)]}
 
 def test_scenes_drawn_by_other_means_are_described_as_well(trained, tmp_path):
-    """500 pixels, JPEG, other shades, other places within the cells, other drawing code: as many words right."""
+    """500 pixels, JPEG, other shades and places within the cells, other drawing code: as many words right."""
     model, checkpoint = load_checkpoint(f'{trained[0]}/out/ckpt.pt')
     rng, tok, transform = random.Random(4), checkpoint['tokenizer'], image_transform(model.cfg)
-    shades = dict(red='#d02030', green='#2f9e50', blue='#3050d8', yellow='#f0dc38', orange='#f08a20', purple='#9040b8',
-                  cyan='#45c8dc', black='#2c2c2c')
-
-    def paint(pen, shape, color, x, y, r):
-        around = lambda degrees, far: (x + far * r * math.sin(math.radians(degrees)), y - far * r * math.cos(math.radians(degrees)))
-        if shape == 'circle':
-            pen.ellipse((x - r, y - r, x + r, y + r), color)
-        elif shape == 'square':
-            pen.rectangle((x - 0.82 * r, y - 0.82 * r, x + 0.82 * r, y + 0.82 * r), color)
-        elif shape == 'cross':
-            pen.rectangle((x - r, y - 0.3 * r, x + r, y + 0.3 * r), color)
-            pen.rectangle((x - 0.3 * r, y - r, x + 0.3 * r, y + r), color)
-        else:
-            pen.polygon({'triangle': [around(d, 1) for d in (0, 120, 240)],
-                         'diamond': [around(0, 1.1), around(90, 0.7), around(180, 1.1), around(270, 0.7)],
-                         'star': [around(36 * i, 0.43 if i % 2 else 1.05) for i in range(10)]}[shape], color)
-
-    ours, theirs = [], []
+    ours, theirs, pairs = [], [], Shapes('val').pairs
     for i in range(150):
-        own = Shapes('val', 11, 'caption')[i]
-        ours.append((transform(own[0]), own[2]))
-        pairs, cell = Shapes('val').pairs, rng.randrange(9)
-        picture, words = Image.new('RGB', (500, 500), (238, 240, 235)), []
+        image, _, text = Shapes('val', 11, 'caption')[i]
+        ours.append((transform(image), text))
+        picture, words, cell = Image.new('RGB', (500, 500), (238, 240, 235)), [], rng.randrange(9)
+        pen = ImageDraw.Draw(picture)
         for place in sorted({cell, (cell + rng.choice((2, 4, 5))) % 9}):
             color, shape = rng.choice(pairs).split()
-            size, r = rng.choice((('small', 53), ('large', 83)))
+            size, r = rng.choice((('small', 56), ('large', 85)))
             x, y = (500 * (0.21 + 0.29 * c) + rng.randint(-17, 17) for c in (place % 3, place // 3))
-            paint(ImageDraw.Draw(picture), shape, shades[color], x, y, r)
+            if shape == 'circle':
+                pen.ellipse((x - r, y - r, x + r, y + r), SHADES[color])
+            else:
+                pen.polygon([(x + r * u, y + r * v) for u, v in OUTLINES[shape]], SHADES[color])
             words.append(f'a {size} {color} {shape} {vlm.PLACES[place]}')
         picture.save(f'{tmp_path}/scene.jpg', quality=80)
         theirs.append((transform(open_image(f'{tmp_path}/scene.jpg')), ' and '.join(words)))
-
     def right_words(scenes):
+        pixels, texts = zip(*scenes)
         prompts = [torch.zeros(0, dtype=torch.long)] * len(scenes)
-        rows = model.generate(torch.stack([pixels for pixels, _ in scenes]), prompts, temperature=0, stop=tok.eos)
-        pairs = [(tok.decode(row).split(), text.split()) for row, (_, text) in zip(rows, scenes)]
-        return sum(a == b for said, text in pairs for a, b in zip(said, text)) / sum(len(text) for _, text in pairs)
+        rows = model.generate(torch.stack(pixels), prompts, temperature=0, stop=tok.eos)
+        both = [pair for row, text in zip(rows, texts) for pair in zip(tok.decode(row).split(), text.split())]
+        return sum(a == b for a, b in both) / len(' '.join(texts).split())
     native, foreign = right_words(ours), right_words(theirs)
     assert native > 0.8 and foreign > native - 0.08, (native, foreign)
 
@@ -713,9 +621,9 @@ def test_sample_answers_ranks_and_goes_on_past_a_bad_picture(tmp_path):
     cfg, tok = replace(PRESETS['tiny'], vocab_size=257), Tokenizer.make('bytes')
     save_checkpoint(f'{tmp_path}/out/ckpt.pt', build(cfg), tok)
     Image.new('RGB', (50, 40), 'red').save(f'{tmp_path}/red.png')
-    open(f'{tmp_path}/bad.png', 'wb').write(b'x')
+    write(tmp_path / 'bad.png', 'x')
     alone = run('sample.py', '--max_new_tokens=3', cwd=tmp_path)
-    assert alone.returncode == 0 and os.path.exists(f'{tmp_path}/out/drawn.png') and 'tokens/s' in alone.stdout
+    assert alone.returncode == 0 and (tmp_path / 'out/drawn.png').exists() and 'tokens/s' in alone.stdout
     both = run('sample.py', '--image=bad.png,red.png', '--prompt=what?', '--choices=red,blue', cwd=tmp_path)
     assert both.returncode == 1 and 'bad.png' in both.stderr and both.stderr.count('\n') == 1
     shares = [float(x) for x in re.findall(r'([\d.]+)%  (?:red|blue)', both.stdout)]

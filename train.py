@@ -20,7 +20,7 @@ out_dir = 'out'                  # folder for ckpt.pt, log.csv and samples.png
 init_from = 'scratch'            # 'scratch' or 'resume': from out_dir/ckpt.pt, with the settings of that run
 eval_interval = 1000             # > 0; steps between evaluations, each of which saves
 log_interval = 50                # > 0; steps between lines of the log
-eval_iters = 10                  # > 0; held-out batches for the validation loss
+eval_iters = 20                  # > 0; held-out batches for the validation loss
 eval_samples = 200               # >= 0; held-out items answered in words, 0 = none; after shapes 16 times
 eval_only = False                # true: with init_from=resume, evaluate and stop
 overwrite = False                # true: may replace a checkpoint of a run with other settings
@@ -45,7 +45,7 @@ optimizer = 'muon'               # 'muon' (hidden matrices, the rest AdamW) or '
 balance = 0.5                    # >= 0 and <= 1; 0: each token weighs the same, 1: each answer, however long
 learning_rate = 3e-3             # > 0; of AdamW
 muon_lr = 0.02                   # > 0; of Muon
-max_iters = 1860                 # >= 0; steps
+max_iters = 1790                 # >= 0; steps
 weight_decay = 0.25              # >= 0; on matrices only
 beta1 = 0.9                      # >= 0 and < 1; of AdamW
 beta2 = 0.95                     # >= 0 and < 1; of AdamW

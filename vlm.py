@@ -588,7 +588,7 @@ SIZES = {'small': (0.105, 0.12), 'large': (0.16, 0.18)}          # radii, in pic
 PLACES = ('at the top left', 'at the top', 'at the top right', 'on the left', 'in the center', 'on the right',
           'at the bottom left', 'at the bottom', 'at the bottom right')
 UNSEEN = {f'{color} {shape}' for color, shape in zip(COLORS, SHAPES)}   # pairs kept from training
-QUESTIONS = ('count', 'side', 'exists', 'color', 'count', 'side', 'exists', 'shape', 'side', 'choice')
+QUESTIONS = ('count', 'side', 'exists', 'color', 'count', 'side', 'exists', 'shape', 'count', 'choice')
 
 class Shapes(torch.utils.data.Dataset):
     """Scenes of one to three things, with captions and questions, drawn from (seed, split, index) alone.
@@ -617,8 +617,8 @@ class Shapes(torch.utils.data.Dataset):
             made = []
             for place in sorted(rng.sample(range(9), rng.randint(1, 3))):
                 x, y = (0.21 + 0.29 * cell + rng.uniform(-0.04, 0.04) for cell in (place % 3, place // 3))
-                near = {made[-1].color, made[-1].shape} if made and rng.random() < 0.3 else None
-                color, shape = rng.choice([p for p in self.pairs if not near or near & {*p.split()}]).split()
+                alike = [p for p in self.pairs if made and {made[-1].color, made[-1].shape} & {*p.split()}]
+                (color, shape) = rng.choice(alike if made and rng.random() < 0.3 else self.pairs).split()
                 size = rng.choice(('small', 'large'))
                 made.append(types.SimpleNamespace(pair=f'{color} {shape}', color=color, shape=shape, x=x, y=y,
                                                   size=size, place=place, r=rng.uniform(*SIZES[size])))
