@@ -1,6 +1,6 @@
 """Tests of vlm.py, train.py and sample.py, in vlm.py's order: `python -m pytest -q test_vlm.py`.
 Each holds the code against something outside it: another implementation, a worked example or the slow way."""
-import ast, csv, json, math, os, pathlib, random, re, signal, subprocess, sys
+import ast, csv, json, math, os, pathlib, random, re, signal, subprocess, sys, warnings
 from collections import Counter, namedtuple
 from dataclasses import replace
 import pytest, torch, torchvision, vlm
@@ -26,39 +26,35 @@ KINDS = {'llama': CFG, 'linear': replace(CFG, projection='linear'),
 @pytest.fixture(params=KINDS)
 def cfg(request):
     return KINDS[request.param]
-
 def build(cfg, kind=MinimalVLM):
     torch.manual_seed(0)
     return kind(cfg).eval()
-
 def some(cfg, B=3, T=7):
     g, size = torch.Generator().manual_seed(1), cfg.image_size
     return torch.randn(B, 3, size, size, generator=g), torch.randint(0, cfg.vocab_size, (B, T), generator=g)
-
 def close(a, b, limit=1e-4):
     worst = (a - b).abs().max().item()
     assert worst <= limit, f'largest difference {worst:.2e}, allowed {limit:.0e}'
-
 def refuses(match, call, *args, **more):
     with pytest.raises(UserError, match=match) as e:
         call(*args, **more)
     return str(e.value)
-
+def loads(path):
+    try:
+        return Image.open(path).load() is not None
+    except Exception:
+        return False
 def table(path):
     return csv.DictReader(path.read_text().splitlines())
-
 def run(script, *args, cwd):
     return subprocess.run([sys.executable, HERE / script, *args], cwd=cwd, env=ENV, timeout=200,
                           capture_output=True, text=True)
-# the contract -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('name, cap', [
     ('vlm.py', 780), ('train.py', 300), ('sample.py', 130), ('test_vlm.py', 600)])
 def test_files_keep_to_their_length_and_width(name, cap):
     lines = (HERE / name).read_text(encoding='utf-8').splitlines()
     assert len(lines) <= cap and not [i for i, line in enumerate(lines, 1) if len(line) > 110]
-
 def test_presets_have_the_published_sizes_and_start_at_the_entropy_of_a_guess():
-    """222,081,600 is nanoVLM's count; a model that knows nothing must lose ln(vocabulary) nats a token."""
     for name, cfg in PRESETS.items():
         model, (images, ids) = build(cfg).train(), some(cfg, 2, 8)
         n = sum(p.numel() for p in model.parameters())
@@ -68,14 +64,12 @@ def test_presets_have_the_published_sizes_and_start_at_the_entropy_of_a_guess():
         loss.backward()
         assert all(p.grad is not None for p in model.parameters()), name
         assert model.generate(images, ids, max_new_tokens=2).shape == (2, 10)
-# 2 building blocks ------------------------------------------------------------------------------------------
 def test_attend_equals_an_example_worked_by_hand():
     """Two keys with scores 0 and ln 3 (after the division by sqrt(4) = 2) are weighed 1/4 and 3/4."""
     q, k = torch.tensor([[[[1.0, 0, 0, 0]]]]), torch.tensor([[[[0.0, 0, 0, 0], [2 * math.log(3), 0, 0, 0]]]])
     y, att = vlm.attend(q, k, torch.tensor([[[[4.0, 0, 0, 0], [0, 8.0, 0, 0]]]]))
     close(att, torch.tensor([[[[0.25, 0.75]]]]), 1e-6)
     close(y, torch.tensor([[[[1.0, 6.0, 0, 0]]]]), 1e-5)
-
 @pytest.mark.parametrize('causal', [False, True])
 @pytest.mark.parametrize('stack', [EYE, LLAMA], ids=['heads', 'grouped'])
 def test_fused_attention_equals_the_spelled_out_one(stack, causal):
@@ -93,7 +87,6 @@ def test_rope_makes_attention_depend_on_distance_alone():
     score = lambda i, j: (vlm.rotate(q, table[:, i:i + 1]) * vlm.rotate(k, table[:, j:j + 1])).sum()
     close(score(3, 1), score(45, 43), 1e-5)
     assert abs(score(3, 1) - score(3, 2)) > 1e-3
-
 def test_gradient_checkpointing_changes_no_gradient(cfg):
     grads = []
     for on in (False, True):
@@ -102,7 +95,6 @@ def test_gradient_checkpointing_changes_no_gradient(cfg):
         model(images, ids, ids, return_logits=False)[1].backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     close(*grads, 1e-6)
-# 3-5 eye, joint, mouth, against other implementations -------------------------------------------------------
 BLOCK = ['norm1', 'norm2', 'attn.q', 'attn.kv', 'attn.out', 'mlp.up', 'mlp.down']
 Part = namedtuple('Part', 'weight bias')         # of a module in another implementation
 
@@ -178,16 +170,13 @@ def test_resnet_encoder_equals_torchvisions_feature_map():
     eye.load_state_dict({k: v for k, v in ref.state_dict().items() if not k.startswith('fc')})
     ref.avgpool, ref.fc, images = torch.nn.Identity(), torch.nn.Identity(), torch.randn(2, 3, 64, 64)
     close(eye(images).mT.flatten(1), ref(images), 1e-5)
-
 def test_pixel_shuffle_takes_rows_then_columns_then_channels():
     joint, x = vlm.MultimodalProjection(CFG, 32), torch.arange(16 * 32.0).view(4, 4, 32)
     joint.proj = torch.nn.Identity()
     want = torch.stack([torch.cat([x[r, c], x[r, c + 1], x[r + 1, c], x[r + 1, c + 1]])
                         for r in (0, 2) for c in (0, 2)])
     assert torch.equal(joint(x.view(1, 16, 32))[0], want)
-# 6 the whole model ------------------------------------------------------------------------------------------
 def test_loss_is_that_of_predicting_each_token_from_what_is_before_it(cfg):
-    """The slow way: a pass for each scored token over the image and the tokens before it, nothing else."""
     model, (images, ids) = build(cfg), some(cfg)
     targets, slow = ids.clone(), []
     targets[0, :3], targets[1, 5:] = -100, -100
@@ -242,7 +231,6 @@ def test_score_is_the_sum_of_log_probabilities():
     for score, choice in zip(model.score(images[0], prompt, choices), choices):
         targets = torch.cat([torch.full((3,), -100), choice])
         close(score, -model(images[0], torch.cat([prompt, choice]), targets)[1] * len(choice), 1e-4)
-
 def test_tiny_overfits_one_batch_with_adamw():
     cfg = replace(PRESETS['tiny'], vocab_size=257, block_size=150)
     model, tok = build(cfg).train(), Tokenizer.make('bytes')
@@ -256,11 +244,9 @@ def test_tiny_overfits_one_batch_with_adamw():
         if loss < 0.04:
             break
     assert loss < 0.05, loss
-# 7 sampling -------------------------------------------------------------------------------------------------
 def draws(logits, n=4000, **options):
     torch.manual_seed(0)
     return Counter(sample_top_p(torch.tensor(logits).log().expand(n, -1), **options).flatten().tolist())
-
 def test_top_p_keeps_the_token_that_crosses_p_and_no_more():
     """Of 0.5, 0.3, 0.15, 0.05: p = 0.6 needs the first two, 0.49 only the first, 0.81 the first three."""
     probs = [0.15, 0.5, 0.05, 0.3]
@@ -268,7 +254,6 @@ def test_top_p_keeps_the_token_that_crosses_p_and_no_more():
     assert set(draws(probs, p=0.49)) == {1} == set(draws(probs, p=1e-9))
     assert set(draws(probs, p=0.81)) == {0, 1, 3} and set(draws(probs, p=1.0)) == {0, 1, 2, 3}
     assert abs(draws(probs, p=0.6)[1] / 4000 - 0.5 / 0.8) < 0.03
-
 def test_temperature_comes_before_top_p_and_zero_is_greedy():
     probs = [0.5, 0.3, 0.2]
     assert set(draws(probs, p=0.75, temperature=0.3)) == {0}               # sharpened, the first holds 0.82
@@ -278,7 +263,6 @@ def test_temperature_comes_before_top_p_and_zero_is_greedy():
     assert rows.tolist() == [[1], [0]] and sample_top_p(torch.tensor([0.0, 9, 0]), p=0.5).tolist() == [1]
     for wrong in (dict(p=0), dict(p=2), dict(temperature=-1), dict(top_k=-1)):
         refuses('must be >= 0', sample_top_p, torch.zeros(3), **wrong)
-# 8 checkpoints ----------------------------------------------------------------------------------------------
 def test_a_checkpoint_gives_back_model_tokenizer_and_extras(tmp_path, cfg):
     model, tok = build(cfg), Tokenizer.make('bpe', ['a small red cat, a red hat'] * 3, 300)
     save_checkpoint(f'{tmp_path}/c.pt', model, tok, step=7)
@@ -286,7 +270,6 @@ def test_a_checkpoint_gives_back_model_tokenizer_and_extras(tmp_path, cfg):
     assert again.cfg == cfg and checkpoint['step'] == 7
     assert checkpoint['tokenizer'].encode('a red hat') == tok.encode('a red hat')
     assert torch.equal(again.eval()(*some(cfg))[0], model(*some(cfg))[0])
-
 def test_damaged_foreign_and_hostile_checkpoints_are_refused_in_one_line(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -310,7 +293,6 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, 'save', full)
     refuses('No space left', save_checkpoint, path, build(CFG), tok, step=2)
     assert load_checkpoint(path)[1]['step'] == 1
-# 9 text and pixels ------------------------------------------------------------------------------------------
 WORDS = ['a small red cat sits on a red mat', 'the cat sat, the mat sat',
          'two cats and 12 hats, naïve café 😀']
 
@@ -327,7 +309,6 @@ def test_tokenizers_give_any_text_back_also_from_their_state(name):
     assert tok.decode([tok.eos]) == '' and max(tok.eos + 1, 257) == tok.n_vocab
 
 def test_learned_bpe_equals_the_slow_way():
-    """Recounting all pairs of all words before each merge; where counts tie, any of the best is right."""
     words = Counter(w for t in WORDS * 2 for w in re.findall(r' ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+', ' ' + t))
     parts = {w: list(w.encode().decode('latin-1')) for w in words}
     ranks = vlm.learn_bpe(WORDS * 2, 320)
@@ -347,13 +328,11 @@ def test_streamed_text_never_breaks_a_character():
     pieces = list(tok.stream(tok.encode('é😀!')))
     assert ''.join(pieces) == 'é😀!' and '�' not in ''.join(pieces) and '' in pieces
     assert tok.decode(tok.encode('😀')[:2]) == '�' and tok.decode([99999]) == ''
-
 def test_gpt2_tokenizer_offline_says_what_to_do(monkeypatch):
     def offline(name):
         raise ConnectionError('no route')
     monkeypatch.setattr(vlm.tiktoken, 'get_encoding', offline)
     refuses('--tokenizer=bpe', Tokenizer.make, 'gpt2')
-
 def test_every_kind_of_image_becomes_upright_8_bit_rgb():
     """A picture with a white top and a black bottom half, in many modes; 16 bits are scaled, not clipped."""
     base, clear = Image.new('L', (8, 8), 0), Image.new('RGBA', (8, 8), (0, 0, 0, 255))
@@ -382,19 +361,20 @@ def test_pixels_are_normalised_as_the_config_says():
 
 @pytest.mark.skipif(not os.path.isdir(f'{DATA}/odd_images'), reason='needs ../shared/data/odd_images')
 def test_awkward_files_are_read_or_refused_by_name():
+    """As Pillow's own load() has it, but for pictures of too many pixels."""
     for row in table(DATA / 'odd_images' / 'manifest.csv'):
-        try:
-            image_transform(CFG)(open_image(f"{DATA}/odd_images/{row['file']}", 32))
-        except UserError as e:
-            assert row['file'] in str(e) and '\n' not in str(e)
-            assert row['pillow_opens'] != 'ok' or 'bomb' in row['file'], row
+        path, fits = f"{DATA}/odd_images/{row['file']}", 'bomb' not in row['file']
+        with warnings.catch_warnings(action='ignore'):
+            try:
+                image_transform(CFG)(open_image(path, 32))
+            except UserError as e:
+                assert row['file'] in str(e) and '\n' not in str(e) and not (fits and loads(path)), row
 
 def test_a_batch_is_padded_on_the_right_and_scored_on_answers_only():
     tok, blank = Tokenizer.make('bytes'), Image.new('RGB', (9, 9))
     images, ids, targets = collate([(blank, 'q?', 'yes'), (blank, '', 'no')], CFG, tok, image_transform(CFG))
     assert images.shape == (2, 3, 32, 32) and ids.tolist() == [[*b'q? yes', 256], [*b' no', 256, 0, 0, 0]]
     assert targets.tolist() == [[-100, -100, *b' yes', 256], [*b' no', 256, -100, -100, -100]]
-# 10 data ----------------------------------------------------------------------------------------------------
 def test_scenes_come_from_seed_split_and_index_and_keep_unseen_pairs_out_of_training():
     a, b = Shapes('train', 1), Shapes('train', 1)
     assert a[5][1:] == b[5][1:] and a[5][0].tobytes() == b[5][0].tobytes()
@@ -407,7 +387,6 @@ def test_scenes_come_from_seed_split_and_index_and_keep_unseen_pairs_out_of_trai
         assert 1 <= len(re.findall('|'.join(vlm.UNSEEN), text)) == len(re.findall('small|large', text)) <= 3
 
 def test_captions_tell_what_is_drawn():
-    """Where a thing is said to be, the picture has about its colour, and no other thing."""
     centers = {p: (0.21 + 0.29 * (i % 3), 0.21 + 0.29 * (i // 3)) for i, p in enumerate(vlm.PLACES)}
     places = '|'.join(vlm.PLACES)
     for i in range(200):
@@ -452,11 +431,9 @@ def photos(folder, n):
     os.makedirs(folder, exist_ok=True)
     for i in range(n):
         Image.new('RGB', (40, 30), (i, 0, 0)).save(f'{folder}/{i}.png')
-
 def write(path, text):
     path.write_text(text)
     return str(path)
-
 def test_every_caption_format_gives_the_same_items(tmp_path):
     photos(f'{tmp_path}/images', 4)
     def items(name, text):
@@ -511,7 +488,6 @@ def test_bad_rows_and_images_are_named_and_do_not_stop_a_run(tmp_path, capfd):
 def test_a_set_without_a_single_image_is_one_error(capfd):
     refuses('none is in', make_dataset, f'{DATA}/coco_captions/captions_val2017_800.json')
     assert capfd.readouterr().err == ''
-# 11 command line, and the runners ---------------------------------------------------------------------------
 def test_wrong_settings_are_one_line_that_helps(capsys):
     names = re.findall(r'^(\w+) = (.*?)  +# ', (HERE / 'train.py').read_text(encoding='utf-8'), re.M)
     def call(*argv):
@@ -540,9 +516,7 @@ SMALL = ['--batch_size=8', '--eval_iters=1', '--eval_samples=2', '--log_interval
 
 def losses(folder):
     return [row['loss'] for row in table(folder / 'log.csv') if row['loss']]
-
 def test_a_resumed_run_equals_one_that_never_stopped(tmp_path):
-    """Bit for bit, on the CPU: twice the same run, and one stopped in the middle by SIGTERM."""
     for name in 'ab':
         assert run('train.py', *SMALL, '--max_iters=6', f'--out_dir={name}', cwd=tmp_path).returncode == 0
     assert losses(tmp_path / 'a') == losses(tmp_path / 'b') and len(losses(tmp_path / 'a')) == 6
@@ -557,23 +531,19 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path):
     whole, again = (torch.load(f'{tmp_path}/{name}/ckpt.pt', weights_only=True)['model'] for name in 'ac')
     assert losses(tmp_path / 'c') == losses(tmp_path / 'a')
     assert all(torch.equal(whole[k], again[k]) for k in whole)
-    other = run('train.py', *SMALL, '--seed=2', '--out_dir=a', cwd=tmp_path)
+    other = run('train.py', *SMALL, '--max_iters=6', '--seed=2', '--out_dir=a', cwd=tmp_path)
     assert other.returncode == 1 and 'seed=1337' in other.stderr and other.stderr.count('\n') == 1
 
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
-    """A short run of the default job: a minute, not the whole."""
     folder = tmp_path_factory.mktemp('trained')
     done = run('train.py', '--max_iters=350', '--eval_samples=10', '--eval_iters=2', cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
-
 def test_the_default_job_learns_to_look(trained):
-    """Prompts and captions alone tell nothing of a scene: the loss with swapped images is far worse."""
     folder, printed = trained
     assert float(re.search(r'image gain (-?[\d.]+)', printed)[1]) > 1.0
     assert os.path.getsize(f'{folder}/out/samples.png') > 10_000 and len(losses(folder / 'out')) == 7
-
 SHADES = dict(red='#d02030', green='#2f9e50', blue='#3050d8', yellow='#f0dc38', orange='#f08a20',
               purple='#9040b8', cyan='#45c8dc', black='#2c2c2c')
 OUTLINES = {'square': [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],        # in radii

@@ -432,10 +432,10 @@ def sample_top_p(logits, p=0.9, temperature=1.0, top_k=0):
 # 8. Checkpoints ---------------------------------------------------------------------------------------------
 def save_checkpoint(path, model, tokenizer, **more):
     """Writes all to one file or leaves the old one: the new is written beside it, then takes its place."""
-    content = dict(more, model=model.state_dict(), config=asdict(model.cfg), tokenizer=tokenizer.state)
+    more.update(model=model.state_dict(), config=asdict(model.cfg), tokenizer=tokenizer.state)
     try:
         with open(f'{path}.part', 'wb') as f:
-            torch.save(content, f)
+            torch.save(more, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(f'{path}.part', path)
@@ -500,8 +500,7 @@ class Tokenizer:
         return cls(name, ranks, {END: len(ranks)})
 
 def learn_bpe(texts, size):
-    """Byte-pair encoding (1508.07909): over and over, the most frequent pair of tokens becomes a token.
-    Counts words once, touches only those with the pair. Returns {token as latin-1: rank}, at most size."""
+    """Byte-pair encoding (1508.07909): the most frequent pair becomes a token -> {token as latin-1: rank}."""
     words = Counter(w for t in texts for w in re.findall(r' ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+', ' ' + t))
     parts, counts = [list(w.encode().decode('latin-1')) for w in words], list(words.values())
     pairs, where, ranks = Counter(), defaultdict(set), {chr(b): b for b in range(256)}
@@ -540,7 +539,9 @@ def open_image(path, size=0, most=80_000_000):
 
 def to_rgb(image):
     """Any Pillow image as upright 8-bit RGB: EXIF rotation, deep grey scaled, alpha over white, frame 1."""
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    with contextlib.suppress(Exception):     # a broken EXIF block does not spoil the picture
+        image = ImageOps.exif_transpose(image)
     if image.mode[0] in 'IF':            # 16 or 32 bits a pixel
         high = image.getextrema()[1]
         white = 65535 if image.mode != 'F' and 255 < high < 65536 else max(high, 255)
@@ -552,11 +553,10 @@ def to_rgb(image):
 def image_transform(cfg, augment=False):
     """A function from Pillow images to bytes (3,H,W). augment: crops, colours; no mirrors: texts say left."""
     size, bilinear = (cfg.image_size, cfg.image_size), Image.Resampling.BILINEAR
-    fit = lambda image: image.resize(size, bilinear, reducing_gap=1.0)
+    fit = lambda image: (ImageOps.fit(image, size, bilinear) if cfg.image_resize == 'crop' else
+                         image.resize(size, bilinear, reducing_gap=1.0))
     if augment:
         fit = v2.Compose([v2.RandomResizedCrop(size, scale=(0.5, 1.0)), v2.ColorJitter(0.3, 0.3, 0.3, 0.03)])
-    elif cfg.image_resize == 'crop':
-        fit = lambda image: ImageOps.fit(image, size, bilinear)
     return lambda image: v2.functional.pil_to_tensor(fit(to_rgb(image)))
 
 def encode_prompt(tokenizer, cfg, prompt):
