@@ -95,7 +95,7 @@ def from_scratch(n_embd, eye_layers, mouth_layers, dropout=0.0, **more):
 
 SMOLLM2 = TransformerConfig(30, 9, 576, n_kv_head=3, n_hidden=1536, norm='rms', norm_eps=1e-5, bias=False,
                             activation='swiglu', position='rope', rope_base=100000.0)
-PRESETS = {  # tiny: 1.4M parameters learn drawn shapes on a laptop; small: 20M learn photos on one GPU
+PRESETS = {  # tiny: 1.4M parameters learn drawn shapes on a laptop; small: 22M learn photos on one GPU
     'tiny': from_scratch(128, 1, 4, image_size=64, vocab_size=512, block_size=80),
     'small': from_scratch(384, 4, 6, dropout=0.1, image_size=128, vocab_size=4096, block_size=192),
     # base: 213M, ViT-B/16, MLP, GPT-2; nanovlm: 222M, SigLIP-B/16, pixel shuffle, SmolLM2-135M
