@@ -224,7 +224,6 @@ def test_generate_shares_one_image_among_samples_and_leaves_the_mode_alone():
     assert model.generate(images[0], ids[0], max_new_tokens=0).shape == (1, 7)
     refuses('block_size=64', model.generate, images[0], torch.zeros(70, dtype=torch.long))
     refuses('at least 1', model.generate, None, ids[0, :0])
-
 def test_score_is_the_sum_of_log_probabilities():
     model, (images, ids) = build(CFG), some(CFG)
     prompt, choices = ids[0, :3], [ids[1], ids[2, :2]]
@@ -283,7 +282,6 @@ def test_damaged_foreign_and_hostile_checkpoints_are_refused_in_one_line(tmp_pat
         said = refuses('damaged', load_checkpoint, str(path))
         assert '\n' not in said and str(path) in said
     assert not (tmp_path / 'executed').exists()
-
 def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path, tok = f'{tmp_path}/c.pt', Tokenizer.make('bytes')
     save_checkpoint(path, build(CFG), tok, step=1)
@@ -295,7 +293,6 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert load_checkpoint(path)[1]['step'] == 1
 WORDS = ['a small red cat sits on a red mat', 'the cat sat, the mat sat',
          'two cats and 12 hats, naïve café 😀']
-
 @pytest.mark.parametrize('name', ['bytes', 'bpe'])
 def test_tokenizers_give_any_text_back_also_from_their_state(name):
     tok, rng = Tokenizer.make(name, WORDS * 2, 300), random.Random(0)
@@ -307,7 +304,6 @@ def test_tokenizers_give_any_text_back_also_from_their_state(name):
         ids = tok.encode(text)
         assert tok.decode(ids) == text and again.encode(text) == ids and tok.eos not in ids
     assert tok.decode([tok.eos]) == '' and max(tok.eos + 1, 257) == tok.n_vocab
-
 def test_learned_bpe_equals_the_slow_way():
     words = Counter(w for t in WORDS * 2 for w in re.findall(r' ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+', ' ' + t))
     parts = {w: list(w.encode().decode('latin-1')) for w in words}
@@ -322,7 +318,6 @@ def test_learned_bpe_equals_the_slow_way():
             for i in range(len(p)):
                 if tuple(p[i:i + 2]) == best[0]:
                     p[i:i + 2] = [token]
-
 def test_streamed_text_never_breaks_a_character():
     tok = Tokenizer.make('bytes')
     pieces = list(tok.stream(tok.encode('é😀!')))
@@ -350,7 +345,6 @@ def test_every_kind_of_image_becomes_upright_8_bit_rgb():
         assert seen == ('RGB', (8, 8), (255,) * 3, (0,) * 3), (name, seen)
     half = vlm.to_rgb(Image.frombytes('I;16', (1, 1), (32768).to_bytes(2, 'little'))).getpixel((0, 0))
     assert abs(half[0] - 127) <= 1
-
 def test_pixels_are_normalised_as_the_config_says():
     cfg = replace(CFG, image_mean=(0.1, 0.2, 0.3), image_std=(0.5, 0.6, 0.7), image_resize='crop')
     picture = Image.effect_noise((60, 40), 90).convert('RGB')
@@ -358,7 +352,6 @@ def test_pixels_are_normalised_as_the_config_says():
     assert pixels.dtype == torch.uint8 and pixels.shape == (3, 32, 32)
     close(model.see(pixels), model.see(TF.normalize(pixels / 255, cfg.image_mean, cfg.image_std)), 1e-6)
     close(pixels.float(), TF.center_crop(TF.pil_to_tensor(TF.resize(picture, 32)).float(), 32), 2.0)
-
 @pytest.mark.skipif(not os.path.isdir(f'{DATA}/odd_images'), reason='needs ../shared/data/odd_images')
 def test_awkward_files_are_read_or_refused_by_name():
     """As Pillow's own load() has it, but for pictures of too many pixels."""
@@ -369,12 +362,27 @@ def test_awkward_files_are_read_or_refused_by_name():
                 image_transform(CFG)(open_image(path, 32))
             except UserError as e:
                 assert row['file'] in str(e) and '\n' not in str(e) and not (fits and loads(path)), row
-
 def test_a_batch_is_padded_on_the_right_and_scored_on_answers_only():
-    tok, blank = Tokenizer.make('bytes'), Image.new('RGB', (9, 9))
-    images, ids, targets = collate([(blank, 'q?', 'yes'), (blank, '', 'no')], CFG, tok, image_transform(CFG))
+    tok, blanks = Tokenizer.make('bytes'), [Image.new('RGB', (9, 9)) for _ in range(2)]
+    items = [(blanks[0], 'q?', 'yes'), (blanks[1], '', 'no')]
+    images, ids, targets = collate(items, CFG, tok, image_transform(CFG))
     assert images.shape == (2, 3, 32, 32) and ids.tolist() == [[*b'q? yes', 256], [*b' no', 256, 0, 0, 0]]
     assert targets.tolist() == [[-100, -100, *b' yes', 256], [*b' no', 256, -100, -100, -100]]
+def test_texts_that_share_an_image_and_a_row_teach_what_they_teach_alone(cfg):
+    """Loss and gradient of packed rows are those of a row for each text, with weights for tokens, too."""
+    cfg, tok, data = replace(cfg, block_size=200), Tokenizer.make('bytes'), Shapes('train', 3)
+    items = [item for i, n in enumerate((3, 1, 4)) for item in data.several(i, n)]
+    copies, both, model = [(image.copy(), *words) for image, *words in items], [], build(cfg)
+    packed, alone = (collate(rows, cfg, tok, image_transform(cfg)) for rows in (items, copies))
+    assert len(packed) == 4 and packed[1].size(0) == 3 and len(alone) == 3 and alone[1].size(0) == 8
+    for batch in (packed, (*alone, None)):
+        weight = torch.where(batch[2] == tok.eos, 5.0, 1.0)
+        model.zero_grad()
+        loss = model(*batch, weight, return_logits=False)[1]
+        loss.backward()
+        both.append((loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    for one, other in zip(*both):
+        close(one, other, 1e-5)
 def test_scenes_come_from_seed_split_and_index_and_keep_unseen_pairs_out_of_training():
     a, b = Shapes('train', 1), Shapes('train', 1)
     assert a[5][1:] == b[5][1:] and a[5][0].tobytes() == b[5][0].tobytes()
@@ -385,7 +393,6 @@ def test_scenes_come_from_seed_split_and_index_and_keep_unseen_pairs_out_of_trai
         assert not [pair for pair in vlm.UNSEEN if pair in text]
     for text in (Shapes('novel', 3, 'caption')[i][2] for i in range(100)):
         assert 1 <= len(re.findall('|'.join(vlm.UNSEEN), text)) == len(re.findall('small|large', text)) <= 3
-
 def test_captions_tell_what_is_drawn():
     centers = {p: (0.21 + 0.29 * (i % 3), 0.21 + 0.29 * (i // 3)) for i, p in enumerate(vlm.PLACES)}
     places = '|'.join(vlm.PLACES)
@@ -399,7 +406,6 @@ def test_captions_tell_what_is_drawn():
             seen = image.getpixel((int(200 * x), int(200 * y)))
             far = max(abs(a - b) for a, b in zip(seen, colors.get(place, seen)))
             assert far < 30 if place in colors else min(seen) > 200 or len(said) > 1, text
-
 def test_answers_to_questions_agree_with_the_caption_of_the_scene():
     for i in range(400):
         data, rng = Shapes('train', 9, vlm.QUESTIONS[i % len(vlm.QUESTIONS)]), random.Random(i)
@@ -455,7 +461,6 @@ def test_every_caption_format_gives_the_same_items(tmp_path):
     assert items('b.json', json.dumps(talk)) == qa
     rows = [dict(image=f'{i}.png', prompt=q, answer=a) for i, q, a in qa]
     assert items('b.jsonl', '\n'.join(map(json.dumps, rows))) == qa
-
 def test_a_folder_of_class_folders_and_the_split_by_image(tmp_path):
     for name in ('cat', 'sea_horse'):
         photos(f'{tmp_path}/{name}', 30)
@@ -466,7 +471,6 @@ def test_a_folder_of_class_folders_and_the_split_by_image(tmp_path):
     path = write(tmp_path / 'c.csv', f'image,caption\n{rows}')
     train, val = (make_dataset(path, split) for split in ('train', 'val'))
     assert len(train) + len(val) == 90 and len(val) == 3 and not set(train.names) & set(val.names)
-
 def test_bad_rows_and_images_are_named_and_do_not_stop_a_run(tmp_path, capfd):
     photos(tmp_path, 3)
     write(tmp_path / '1.png', 'not a picture')
@@ -483,7 +487,6 @@ def test_bad_rows_and_images_are_named_and_do_not_stop_a_run(tmp_path, capfd):
             ('d.jsonl', '{"image": "0.png"', 'not a caption file')]:
         refuses(match, make_dataset, write(tmp_path / name, text), 'train')
     refuses('neither', make_dataset, f'{tmp_path}/nothing.csv')
-
 @pytest.mark.skipif(not os.path.isdir(f'{DATA}/coco_captions'), reason='needs ../shared/data/coco_captions')
 def test_a_set_without_a_single_image_is_one_error(capfd):
     refuses('none is in', make_dataset, f'{DATA}/coco_captions/captions_val2017_800.json')
@@ -533,7 +536,6 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path):
     assert all(torch.equal(whole[k], again[k]) for k in whole)
     other = run('train.py', *SMALL, '--max_iters=6', '--seed=2', '--out_dir=a', cwd=tmp_path)
     assert other.returncode == 1 and 'seed=1337' in other.stderr and other.stderr.count('\n') == 1
-
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp('trained')
@@ -553,7 +555,6 @@ OUTLINES = {'square': [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88
                       (-1, 0.3), (-0.3, 0.3), (-0.3, 1), (0.3, 1), (0.3, 0.3)],
             'star': [(r * math.sin(i * math.pi / 5), -r * math.cos(i * math.pi / 5))
                      for i, r in enumerate([1.05, 0.43] * 5)]}
-
 def test_scenes_drawn_by_other_means_are_described_as_well(trained, tmp_path):
     """500 pixels, JPEG, other shades and places within the cells, other drawing code: as many words right."""
     model, checkpoint = load_checkpoint(f'{trained[0]}/out/ckpt.pt')
@@ -583,7 +584,6 @@ def test_scenes_drawn_by_other_means_are_described_as_well(trained, tmp_path):
         return sum(a == b for a, b in both) / len(' '.join(texts).split())
     native, foreign = right_words(ours), right_words(theirs)
     assert native > 0.8 and foreign > native - 0.08, (native, foreign)
-
 def test_sample_answers_ranks_and_goes_on_past_a_bad_picture(tmp_path):
     lost = run('sample.py', cwd=tmp_path)
     assert lost.returncode == 1 and 'python train.py' in lost.stderr and lost.stderr.count('\n') == 1

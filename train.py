@@ -1,21 +1,18 @@
-"""Trains the model of vlm.py on a GPU, an Apple chip or a CPU, or on several by torchrun.
+"""Trains the model of vlm.py on a GPU, an Apple chip or a CPU, or on several: torchrun --nproc_per_node=4 ...
 
-    python train.py                                      from nothing, on drawn shapes, in minutes on a laptop
-    python train.py --batch_size=32                      any setting below is changed like this
-    python train.py --preset=small --dataset=photos/captions.txt --augment    your photos (README)
-    python train.py --init_from=resume                   on after a stop, with that run's settings
-    torchrun --standalone --nproc_per_node=4 train.py --preset=small --dataset=photos/captions.txt
+    python train.py                                   from nothing, on drawn shapes, in minutes on a laptop
+    python train.py --batch_size=64                   any setting below is changed like this
+    python train.py --preset=small --dataset=photos/captions.txt --augment       your photos (README)
+    python train.py --init_from=resume                on after a stop, with that run's settings
 """
 import collections, contextlib, functools, math, os, re, signal, textwrap, time
 from dataclasses import replace
-
 import torch, torch.distributed as dist
 from PIL import Image, ImageDraw
 from vlm import (PRESETS, MinimalVLM, Shapes, Tokenizer, UserError, collate, encode_prompt, image_transform,
                  load_checkpoint, make_dataset, override, save_checkpoint)
 
 # settings ---------------------------------------------------------------------------------------------------
-# I/O
 out_dir = 'out'                  # folder for ckpt.pt, log.csv and samples.png
 init_from = 'scratch'            # 'scratch' or 'resume': from out_dir/ckpt.pt, with the settings of that run
 eval_interval = 1000             # > 0; steps between evaluations, each of which saves
@@ -24,15 +21,15 @@ eval_iters = 20                  # > 0; held-out batches for the validation loss
 eval_samples = 200               # >= 0; held-out items answered in words, 0 = none; after shapes 16 times
 eval_only = False                # true: with init_from=resume, evaluate and stop
 overwrite = False                # true: may replace a checkpoint of a run with other settings
-# data
 dataset = 'shapes'               # 'shapes', a caption file (.csv .txt .jsonl .json), a folder of classes ...
 val_dataset = ''                 # the same for validation; '' = a fixed 5 % of the images of dataset
 image_dir = ''                   # where the images of a caption file are; '' = beside it
+blind = False                    # true: all images grey; what another run does better, it does by looking
 augment = False                  # true: random crops and colours; not for texts that say where things are
 num_workers = -1                 # >= -1; processes that prepare batches, 0 = this one, -1 = as many as help
-batch_size = 64                  # > 0; items in a batch, over all processes
+batch_size = 32                  # > 0; images in a batch, over all processes
+texts_per_image = 6              # > 0; most texts of an image that go with it, so that it is encoded once
 gradient_accumulation_steps = 1  # > 0; batches in a step
-# model
 preset = 'tiny'                  # 'tiny', 'small', 'base' or 'nanovlm'; see PRESETS in vlm.py
 tokenizer = ''                   # '', 'bytes', 'bpe' (learned from the texts) or 'gpt2'; '' = the preset's
 vocab_size = 0                   # >= 0; most tokens for bpe to learn, 0 = the preset's
@@ -40,12 +37,11 @@ image_size = 0                   # >= 0; pixels a side, 0 = the preset's
 block_size = 0                   # >= 0; tokens in a sequence with the image, 0 = the preset's
 projection = ''                  # '', 'linear', 'mlp', 'pixel_shuffle' or 'perceiver'; '' = the preset's
 dropout = -1.0                   # >= -1 and < 1; in eye and mouth, -1 = the preset's
-# optimizer
 optimizer = 'muon'               # 'muon' (hidden matrices, the rest AdamW) or 'adamw'
 balance = 0.5                    # >= 0 and <= 1; 0: each token weighs the same, 1: each answer, however long
 learning_rate = 3e-3             # > 0; of AdamW
 muon_lr = 0.02                   # > 0; of Muon
-max_iters = 1790                 # >= 0; steps
+max_iters = 1200                 # >= 0; steps
 weight_decay = 0.25              # >= 0; on matrices only
 beta1 = 0.9                      # >= 0 and < 1; of AdamW
 beta2 = 0.95                     # >= 0 and < 1; of AdamW
@@ -56,7 +52,6 @@ decay_lr = True                  # false: the learning rate stays as it is after
 warmup_iters = 50                # >= 0; steps in which the learning rate rises
 lr_decay_iters = 0               # >= 0; step by which it has fallen to min_lr, 0 = max_iters
 min_lr = 0.0                     # >= 0 and <= 1; as a fraction of the full rate
-# system
 device = 'auto'                  # 'auto', 'cpu', 'mps', 'cuda', 'cuda:1' ...
 dtype = 'auto'                   # 'auto', 'float32', 'bfloat16' or 'float16' (with a gradient scaler)
 grad_checkpointing = False       # true: compute activations again in the backward pass; less memory, slower
@@ -69,7 +64,6 @@ if init_from == 'resume':        # that run's settings, then again the command l
     globals().update(checkpoint['settings'], out_dir=out_dir, init_from=init_from, eval_only=eval_only)
     override(globals())
 settings = {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, str))}
-# device, precision, processes: of several, each takes every world-th item of a batch
 path, world, rank = f'{out_dir}/ckpt.pt', int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
 say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
 found = getattr(torch.accelerator.current_accelerator(check_available=True), 'type', 'cpu')
@@ -83,9 +77,9 @@ if world > 1:
     dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
 sum_over_processes = dist.all_reduce if world > 1 else lambda tensor: None
 if dtype == 'auto':              # on CPUs with matrix units for bf16 twice as fast as fp32, on others slow
-    fast_cpu = kind == 'cpu' and getattr(torch.cpu, 'get_capabilities', dict)().get('amx_bf16')
-    fast_gpu = kind == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = 'bfloat16' if fast_cpu or fast_gpu else 'float16' if kind == 'cuda' else 'float32'
+    fast = (kind == 'cpu' and getattr(torch.cpu, 'get_capabilities', dict)().get('amx_bf16') or
+            kind == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False))
+    dtype = 'bfloat16' if fast else 'float16' if kind == 'cuda' else 'float32'
 precision = torch.autocast(kind, getattr(torch, dtype)) if dtype != 'float32' else contextlib.nullcontext()
 torch.set_float32_matmul_precision('high')
 torch.manual_seed(seed)
@@ -93,18 +87,24 @@ torch.manual_seed(seed)
 # data -------------------------------------------------------------------------------------------------------
 size = image_size or PRESETS[preset].image_size
 train_set, val_set = (make_dataset(dataset, s, image_dir, val_dataset, size, seed) for s in ('train', 'val'))
+show = lambda images: torch.full_like(images, 128) if blind else images
 
 def load(items, first=0, augment=False):
     """Batches without end, each made from seed and number alone: so that runs resume and processes share."""
     transform = image_transform(model.cfg, augment)
     order = functools.lru_cache(2)(lambda epoch: torch.randperm(
-        len(items), generator=torch.Generator().manual_seed(seed + epoch)))
+        items.n_images, generator=torch.Generator().manual_seed(seed + epoch)))
 
     def make(n):
-        places = [divmod(i, len(items)) for i in range(n * batch_size + rank, (n + 1) * batch_size, world)]
+        numbers = range(n * batch_size + rank, (n + 1) * batch_size, world)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + n)          # of the augmentation
-            return collate([items[int(order(epoch)[i])] for epoch, i in places], model.cfg, tok, transform)
+            torch.manual_seed(seed + n)          # of the choice of texts and the augmentation
+            groups = [items.several(int(order(i // items.n_images)[i % items.n_images]), texts_per_image)
+                      for i in numbers]
+            images, ids, targets, *start = collate(sum(groups, []), model.cfg, tok, transform)
+        start, scored = start[0] if start else torch.zeros_like(ids), (targets != -100).float()
+        count = torch.zeros(ids.shape).scatter_add(1, start, scored).gather(1, start)    # in a token's text
+        return show(images), ids, targets, start, scored * count.clamp(min=1) ** -balance
 
     many = 0 if kind == 'cpu' and dataset == 'shapes' else min(8, os.cpu_count())    # to draw costs little
     workers = (num_workers if num_workers >= 0 else many) * hasattr(os, 'fork')
@@ -148,21 +148,20 @@ def orthogonal(x):
     y = y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = y @ y.mT
-        y = 3.4445 * y + (2.0315 * gram @ gram - 4.775 * gram) @ y
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), y, beta=3.4445)
     return (y.mT if x.size(1) > x.size(2) else y).to(x.dtype)
-
 frozen = re.findall('vision|projection|decoder', freeze)
 scales = dict(re.findall(r'(vision|projection|decoder)=(\d*\.?\d+(?:e-?\d+)?)', lr_scale))
 if (','.join(frozen), ','.join(map('='.join, scales.items()))) != (freeze, lr_scale):
     raise UserError(f'freeze={freeze}, lr_scale={lr_scale}: wanted as vision,decoder and as projection=0.1')
 muon, adamw = {}, {}             # AdamW: embeddings, the first convolution, norms and biases, or everything
 for name, p in model.named_parameters():
-    part = name.split('.')[0]
+    part, scale = name.split('.')[0], float(scales.get(name.split('.')[0], 1))
     hidden = p.dim() > 1 and not re.search('embedding|position|stem.0|latents|class_token', name)
     groups, rate = (muon, muon_lr) if hidden and optimizer == 'muon' else (adamw, learning_rate)
-    group = dict(params=[], full_lr=rate * float(scales.get(part, 1)), weight_decay=weight_decay * hidden)
+    group = dict(params=[], full_lr=rate * scale, weight_decay=weight_decay * hidden)
     if p.requires_grad_(part not in frozen).requires_grad:
-        groups.setdefault((part, p.flatten(1).shape if hidden else ()), group)['params'].append(p)
+        groups.setdefault((scale, p.flatten(1).shape if hidden else ()), group)['params'].append(p)
 optimizers = [Muon(muon.values(), {})] if muon else []
 optimizers += [torch.optim.AdamW(adamw.values(), betas=(beta1, beta2), fused=True)] if adamw else []
 scaler = torch.amp.GradScaler(kind, enabled=dtype == 'float16')
@@ -171,11 +170,12 @@ net = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
 
 # evaluation -------------------------------------------------------------------------------------------------
 def answers(items, n):
-    """The model's greedy answers to the first n items: (image, prompt, truth, answer) each."""
-    transform, n = image_transform(model.cfg), min(n, len(items))
-    for i in range(0, n, 100):
-        batch = [items[j] for j in range(i, min(i + 100, n))]
-        images = torch.stack([transform(item[0]) for item in batch]).to(device)
+    """The model's greedy answers to n items, always the same: (image, prompt, truth, answer) each."""
+    transform = image_transform(model.cfg)
+    chosen = torch.randperm(len(items), generator=torch.Generator().manual_seed(0))[:n].tolist()
+    for i in range(0, len(chosen), 100):
+        batch = [items[j] for j in chosen[i:i + 100]]
+        images = show(torch.stack([transform(item[0]) for item in batch])).to(device)
         prompts = [torch.tensor(encode_prompt(tok, model.cfg, item[1])).long().to(device) for item in batch]
         rows = model.generate(images, prompts, max_new_tokens=50, temperature=0, stop=tok.eos)
         for item, prompt, row in zip(batch, prompts, rows):
@@ -193,12 +193,14 @@ def quiz(items, n, title):
 def evaluate(last):
     """Loss on held-out items with their images and with others', answers, and a picture (green: right)."""
     model.eval()
-    sums = torch.zeros(3)
-    for _, (images, ids, targets) in zip(range(eval_iters), load(val_set)):
-        both = [model(i, ids, targets, return_logits=False)[1].item() for i in (images, images.roll(1, 0))]
-        sums += torch.tensor([*both, 1.0]) * (targets != -100).sum().item()
-    own, swap = (sums[:2] / sums[2]).tolist()
-    say(f'step {step}: held-out loss {own:.4f}, with images swapped {swap:.4f}, image gain {swap - own:.4f}')
+    sums = torch.zeros(4)
+    for _, (images, *rest, _) in zip(range(eval_iters), load(val_set)):
+        both = [model(i, *rest, return_logits=False)[1].item() for i in (images, images.roll(1, 0))]
+        scored = rest[1][rest[1] != -100].tolist()
+        sums += torch.tensor([*both, 1.0, len(tok.decode(scored)) / len(scored)]) * len(scored)
+    own, swap, _, chars = (sums / sums[2]).tolist()
+    say(f'step {step}: held-out loss {own:.4f}, with images swapped {swap:.4f}, image gain {swap - own:.4f}, '
+        f'{own / chars / math.log(2):.4f} bits a character')
     share = quiz(val_set, eval_samples, 'held-out items')
     if last and dataset == 'shapes':
         quiz(Shapes('val', seed, 'caption'), 5 * eval_samples, 'captions')
@@ -225,13 +227,11 @@ if step:
         module.set_rng_state(state)
 os.makedirs(out_dir, exist_ok=True)
 log = open(f'{out_dir}/log.csv' if rank == 0 else os.devnull, 'a' if step else 'w', buffering=1)
-if not step:
-    print('step,seconds,loss,val_loss,val_loss_swapped,word_for_word', file=log)
+print('' if step else 'step,seconds,loss,val_loss,val_loss_swapped,word_for_word\n', end='', file=log)
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, frame: stop.append(number))
-sizes = {k: sum(p.numel() for p in part.parameters()) / 1e6 for k, part in model.named_children()}
-each = ', '.join(f'{k} {n:.2f}M' for k, n in sizes.items())
-say(f'{preset}: {sum(sizes.values()):.2f}M parameters ({each}), {tok.name} tokenizer of {tok.n_vocab}; '
+each = [f'{k} {sum(p.numel() for p in part.parameters()) / 1e6:.2f}' for k, part in model.named_children()]
+say(f'{preset}: {", ".join(each)} million parameters, {tok.name} tokenizer of {tok.n_vocab}; '
     f'{len(train_set)} items and {len(val_set)} held out; {device}, {dtype}')
 stream, since = load(train_set, step * gradient_accumulation_steps, augment), time.time()
 while True:
@@ -253,16 +253,16 @@ while True:
         break
     # 2. the batches of this step, and what each weighs: as much as its answers do
     parts = [next(stream) for _ in range(gradient_accumulation_steps)]
-    weights = [((targets != -100).sum(1) ** (1 - balance)).sum() for *_, targets in parts]
+    weights = [weight.sum() for *_, weight in parts]
     total = sum(weights)
     sum_over_processes(total)
     # 3. gradients, summed over batches, and over processes with the last one
-    for name, part in model.named_children():
-        part.train(name not in frozen)           # batch norms in it keep what they know
+    for name, part in model.named_children():    # batch norms in frozen parts keep what they know
+        part.train(name not in frozen)
     for part, weight in zip(parts, weights):
         net.require_backward_grad_sync = part is parts[-1]
         with precision:
-            loss = net(*part, return_logits=False, balance=balance)[1] * weight / total
+            loss = net(*part, return_logits=False)[1] * weight / total
         scaler.scale(loss * world).backward()
         losses.append(loss.detach())
     # 4. the rate rises straight over warmup_iters, then falls straight to min_lr at lr_decay_iters
@@ -288,10 +288,10 @@ while True:
         n = len(losses) / gradient_accumulation_steps
         mean, seconds = torch.stack(losses).sum() / n, (time.time() - since) / n
         sum_over_processes(mean)
-        rate, left = batch_size * gradient_accumulation_steps / seconds, (max_iters - step) * seconds / 60
         memory = f', {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB' if kind == 'cuda' else ''
-        say(f'step {step}/{max_iters}: loss {mean:.4f}, {seconds * 1e3:.0f} ms, {rate:.0f} images/s, '
-            f'{left:.1f} minutes left{memory}')
+        say(f'step {step}/{max_iters}: loss {mean:.4f}, {seconds * 1e3:.0f} ms, '
+            f'{batch_size * gradient_accumulation_steps / seconds:.0f} images/s, '
+            f'{(max_iters - step) * seconds / 60:.1f} minutes left{memory}')
         print(f'{step},{time.time() - began:.1f},{mean:.5f},,,', file=log)
         losses, since = [], time.time()
 say(f'stopped at step {step}: --init_from=resume goes on' if halt else

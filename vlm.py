@@ -1,5 +1,4 @@
-"""
-A minimal vision-language model: one file that turns an image and a question into words.
+"""A minimal vision-language model: one file that turns an image and a question into words.
 
     image (3,H,W)                               "what color is the star?"
       | stem: cut into patches, or convolve                | tokenizer
@@ -11,14 +10,13 @@ A minimal vision-language model: one file that turns an image and a question int
 
 Contents: 1 config, 2 building blocks, 3 the eye, 4 the joint, 5 the mouth, 6 the model, 7 sampling,
 8 checkpoints, 9 text and pixels, 10 data, 11 command line. One Attention, one MLP and one Block serve eye and
-mouth: ViT, SigLIP, GPT-2 and SmolLM2 differ only in a TransformerConfig. Left out: beam search, image tiles,
-quantisation, several images in a prompt.
+mouth: ViT, SigLIP, GPT-2 and SmolLM2 differ only in a TransformerConfig. Left out: beams, tiles, chats.
 Letters in shapes: B batch, T text tokens, N visual tokens, S tokens in a sequence, C channels, H heads,
 K key/value heads, D channels a head, V vocabulary.
 Papers (arXiv): ViT 2010.11929, SigLIP 2303.15343, LLaVA 2304.08485, Perceiver resampler 2204.14198, GPT-2
 (Radford 2019), Llama 2302.13971, RoPE 2104.09864, grouped queries 2305.13245, SwiGLU 2002.05202.
 """
-import argparse, codecs, contextlib, csv, difflib, functools, json, math, operator, os, random, re, sys, types
+import argparse, codecs, contextlib, csv, difflib, itertools, json, math, operator, os, random, re, sys
 from collections import Counter, OrderedDict, defaultdict
 from dataclasses import asdict, dataclass, replace
 import tiktoken, torch, torchvision
@@ -30,6 +28,16 @@ from torchvision.transforms import v2
 
 class UserError(ValueError):
     """What a user typed, or a file holds, is wrong: the runners print one line, without a traceback."""
+
+@contextlib.contextmanager
+def explained(message):
+    """Turns whatever a library raises on a damaged or hostile file into one line, a message and its cause."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f'{message} ({type(e).__name__}: {(str(e) or "?").splitlines()[0][:120]})') from e
 
 # 1. Config --------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
@@ -95,10 +103,9 @@ def from_scratch(n_embd, eye_layers, mouth_layers, dropout=0.0, **more):
 
 SMOLLM2 = TransformerConfig(30, 9, 576, n_kv_head=3, n_hidden=1536, norm='rms', norm_eps=1e-5, bias=False,
                             activation='swiglu', position='rope', rope_base=100000.0)
-PRESETS = {  # tiny: 1.4M parameters learn drawn shapes on a laptop; small: 22M learn photos on one GPU
+PRESETS = {  # of 1.4M parameters, for drawn shapes on a laptop, of 22M, 213M and 222M
     'tiny': from_scratch(128, 1, 4, image_size=64, vocab_size=512, block_size=80),
     'small': from_scratch(384, 4, 6, dropout=0.1, image_size=128, vocab_size=4096, block_size=192),
-    # base: 213M, ViT-B/16, MLP, GPT-2; nanovlm: 222M, SigLIP-B/16, pixel shuffle, SmolLM2-135M
     'base': VLMConfig(text=TransformerConfig(norm_eps=1e-5, activation='gelu_tanh'), class_token=True,
                       image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225), image_resize='crop'),
     'nanovlm': VLMConfig(TransformerConfig(activation='gelu_tanh'), SMOLLM2, projection='pixel_shuffle',
@@ -108,8 +115,8 @@ PRESETS = {  # tiny: 1.4M parameters learn drawn shapes on a laptop; small: 22M 
 
 # 2. Building blocks -----------------------------------------------------------------------------------------
 def make_norm(cfg):
-    width, eps = cfg.n_embd, cfg.norm_eps
-    return nn.RMSNorm(width, eps) if cfg.norm == 'rms' else nn.LayerNorm(width, eps, bias=cfg.bias)
+    size = cfg.n_embd, cfg.norm_eps
+    return nn.RMSNorm(*size) if cfg.norm == 'rms' else nn.LayerNorm(*size, bias=cfg.bias)
 
 def rope_table(length, dim, base):
     """Cosine and sine of each position's angles, (2,length,dim/2): some pairs turn fast, some slowly."""
@@ -279,16 +286,14 @@ class LanguageDecoder(Transformer):
         self.embedding, self.head = nn.Embedding(cfg.vocab_size, C), nn.Linear(C, cfg.vocab_size, bias=False)
         self.head.weight = self.embedding.weight                 # tied
         self.scale = nn.LayerNorm(C, elementwise_affine=False) if cfg.input_norm else nn.Identity()
-        if self.learned:
-            self.position = nn.Parameter(torch.zeros(cfg.block_size, C))
-        else:
-            table = rope_table(cfg.block_size, C // cfg.text.n_head, cfg.text.rope_base)
-            self.register_buffer('rope', table, persistent=False)
+        rope = rope_table(cfg.block_size, C // cfg.text.n_head, cfg.text.rope_base)
+        self.position = nn.Parameter(torch.zeros(cfg.block_size, C)) if self.learned else None
+        self.register_buffer('rope', None if self.learned else rope, persistent=False)
 
     def forward(self, x, positions, mask=None, cache=None):
         """x (B,S,C), positions (S,) or (B,S) -> hidden states (B,S,C), ready for the head."""
         if self.learned:
-            return self.run(x + self.position[positions], cache, mask=mask)
+            return self.run(x + F.embedding(positions, self.position), cache, mask=mask)
         return self.run(x, cache, mask=mask, rope=self.rope[:, positions].unsqueeze(-3))      # (2,..,1,S,D/2)
 
 # 6. The whole model -----------------------------------------------------------------------------------------
@@ -322,36 +327,44 @@ class MinimalVLM(nn.Module):
             images = v2.functional.normalize(images.float() / 255, self.cfg.image_mean, self.cfg.image_std)
         return self.decoder.scale(self.projection(self.vision(images.to(self.decoder.head.weight.dtype))))
 
-    def read(self, input_ids):
-        return self.decoder.scale(self.decoder.embedding(input_ids))     # (...,T) -> (...,T,C)
+    read = lambda self, ids: self.decoder.scale(self.decoder.embedding(ids))     # (...,T) -> (...,T,C)
 
-    def hidden(self, images, input_ids):
-        """Decoder states (B,N+T,C) over images, one for each text or one for all, and texts (B,T); and N."""
+    def hidden(self, images, input_ids, start=None):
+        """Decoder states (B,N+T,C) over images, one for each row or one for all, and texts (B,T); and N.
+        start (B,T): where in its row the text of a token begins, which sees no other text of the row."""
         visual, x = self.see(images), self.read(input_ids)       # (B,N,C) or (1,N,C), and (B,T,C)
-        x = torch.cat([visual.expand(len(x), -1, -1), x], dim=1)
-        if x.size(1) > self.cfg.block_size:
-            raise UserError(f'{x.size(1)} tokens with the image exceed block_size={self.cfg.block_size}')
-        return self.decoder(x, torch.arange(x.size(1), device=x.device)), visual.size(1)
+        x, N = torch.cat([visual.expand(len(x), -1, -1), x], dim=1), visual.size(1)
+        steps, mask, longest = torch.arange(x.size(1), device=x.device), None, self.cfg.block_size
+        if start is not None:
+            start = F.pad(start, (N, 0))                         # (B,N+T)
+            mask = (steps <= steps[:, None]) & ((steps < N) | (steps >= N + start[:, :, None]))
+            mask, steps = mask[:, None], (steps - start).clamp(max=longest - 1)  # only padding can lie beyond
+        elif x.size(1) > longest:
+            raise UserError(f'{x.size(1)} tokens with the image exceed block_size={longest}')
+        return self.decoder(x, steps, mask), N
 
-    def forward(self, images, input_ids, targets=None, return_logits=True, balance=0.0):
-        """Reads images (see see()) and known texts, input_ids (B,T) or (T,); targets: these, or -100.
-        Returns logits (B,T,V) or None, row t about what follows text token t, and the loss in nats a scored
-        token or None. balance: a token weighs n ** -balance, n being the scored tokens of its row."""
-        (h, N), loss = self.hidden(images, torch.atleast_2d(input_ids)), None
+    def forward(self, images, input_ids, targets=None, start=None, weight=None, return_logits=True):
+        """Reads images (see see()) and known texts, input_ids (B,T) or (T,); targets: these, or -100; start:
+        see hidden(). Returns logits (B,T,V) or None, row t about what follows text token t, and the loss in
+        nats a scored token or None; weight (B,T): how much each token counts in it."""
+        (h, N), loss = self.hidden(images, torch.atleast_2d(input_ids), start), None
         if targets is not None:
-            # the one shift: state s predicts token s + 1; only scored states meet the head, which is wide
-            labels = F.pad(targets.view(len(h), -1), (N, 1), value=-100)[:, 1:]         # (B,N+T)
-            scored = labels != -100
-            nats = F.cross_entropy(self.decoder.head(h[scored]).float(), labels[scored], reduction='none')
-            weight = scored.sum(1, keepdim=True).float().pow(-balance).expand_as(scored)[scored]
+            # the one shift: the state before a token predicts it; before a text that is the image's last
+            targets, t = targets.view(len(h), -1), torch.arange(h.size(1) - N, device=h.device)
+            before = torch.where(t > (0 if start is None else start), t, 0) + N - 1     # (T,) or (B,T)
+            scored = (targets != -100) & (before >= 0)   # (B,T); no other state meets the head, which is wide
+            before = before + h.size(1) * torch.arange(len(h), device=h.device)[:, None]   # in all rows
+            states = h.flatten(0, 1).index_select(0, before[scored])
+            nats = F.cross_entropy(self.decoder.head(states).float(), targets[scored], reduction='none')
+            weight = torch.ones_like(nats) if weight is None else weight[scored]
             loss = (nats * weight).sum() / weight.sum()
         return (self.decoder.head(h[:, N:]) if return_logits else None), loss
 
     @torch.no_grad()
-    def stream(self, images, prompt_ids, max_new_tokens=50, temperature=1.0, top_p=1.0, top_k=0, stop=None,
+    def stream(self, images, prompt_ids, max_new_tokens=50, temperature=1.0, top_p=1.0, top_k=0, stop=-1,
                use_cache=True, num_samples=1):
         """Generates: yields the next token of each row, (B * num_samples, 1), as soon as it is known.
-        images: see see(); prompt_ids (B,T), (T,), or a list of B prompts (T_i,). A row that met its stop id
+        images: see see(); prompt_ids (B,T), (T,), or a list of B prompts (T_i,). A row that met the id stop
         repeats it until all have. use_cache=False computes all again at each token: slow, and the same."""
         with contextlib.ExitStack() as afterwards:
             afterwards.callback(self.train, self.training)
@@ -382,37 +395,32 @@ class MinimalVLM(nn.Module):
             done = torch.zeros(len(h), 1, dtype=torch.bool, device=x.device)
             for S in range(S + 1, end + 1):
                 token = sample_top_p(self.decoder.head(h[:, -1]), top_p, temperature, top_k)    # (B,1)
-                if stop is not None:
-                    token = token.masked_fill(done, stop)
-                    done |= token == stop
+                token = token.masked_fill(done, stop)
+                done |= token == stop
                 yield token
-                if S == end or (stop is not None and bool(done.all())):
+                if S == end or done.all():
                     break
                 x = self.read(token) if use_cache else torch.cat([x, self.read(token)], dim=1)
                 h = look(x, S)
 
-    def generate(self, images, prompt_ids, stop=None, num_samples=1, **options):
+    def generate(self, images, prompt_ids, stop=-1, num_samples=1, **options):
         """stream(), collected: (B * num_samples, T+new) ids; for a list of prompts a list of (T_i+new_i,), in
         which each row ends with its own stop id and equals what its prompt gives alone."""
-        new = list(self.stream(images, prompt_ids, stop=stop, num_samples=num_samples, **options))
         prompts = prompt_ids if isinstance(prompt_ids, list) else torch.atleast_2d(prompt_ids)
         prompts = [ids for ids in prompts for _ in range(num_samples)]
-        new = torch.cat(new, dim=1) if new else prompts[0].new_empty(len(prompts), 0)
+        steps = self.stream(images, prompt_ids, stop=stop, num_samples=num_samples, **options)
+        new = torch.cat([prompts[0].new_empty(len(prompts), 0), *steps], dim=1)
         rows = [torch.cat(pair) for pair in zip(prompts, new)]
         if not isinstance(prompt_ids, list):
             return torch.stack(rows)
-        repeats = [max(0, int((row == stop).sum()) - 1) if stop is not None else 0 for row in new]
-        return [row[:len(row) - n] for row, n in zip(rows, repeats)]
+        return [row[:len(row) - max(0, int((n == stop).sum()) - 1)] for row, n in zip(rows, new)]
 
     @torch.no_grad()
     def score(self, image, prompt_ids, choices):
         """Log-probability (n,) of each of n answers, ids (T_i,) each, after an image and a prompt (T,)."""
-        was_training = self.training
-        self.eval()
         ids = pad_sequence([torch.cat([prompt_ids, choice]) for choice in choices], batch_first=True)
         targets = pad_sequence(choices, batch_first=True, padding_value=-100)                   # (n,T)
         logits = self.decoder.head(self.hidden(image, ids)[0][:, -targets.size(1) - 1:-1]).float()  # (n,T,V)
-        self.train(was_training)
         return -F.cross_entropy(logits.transpose(1, 2), targets, reduction='none').sum(1)
 
 # 7. Sampling ------------------------------------------------------------------------------------------------
@@ -425,37 +433,31 @@ def sample_top_p(logits, p=0.9, temperature=1.0, top_k=0):
         return logits.argmax(dim=-1, keepdim=True)
     logits, order = logits.float().topk(min(top_k or logits.size(-1), logits.size(-1)))     # likeliest first
     probs = ((logits - logits[..., :1]) / temperature).softmax(dim=-1)
-    likelier = probs.cumsum(dim=-1) - probs
-    probs = probs.masked_fill((likelier >= p) & (p < 1), 0.0)
+    probs = probs.masked_fill((probs.cumsum(dim=-1) - probs >= p) & (p < 1), 0.0)    # those before reach p
     return order.gather(-1, torch.multinomial(probs, 1))
 
 # 8. Checkpoints ---------------------------------------------------------------------------------------------
 def save_checkpoint(path, model, tokenizer, **more):
     """Writes all to one file or leaves the old one: the new is written beside it, then takes its place."""
     more.update(model=model.state_dict(), config=asdict(model.cfg), tokenizer=tokenizer.state)
-    try:
+    with explained(f'could not write {path}; what was there before is untouched'):
         with open(f'{path}.part', 'wb') as f:
             torch.save(more, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(f'{path}.part', path)
-    except (OSError, RuntimeError) as e:
-        raise UserError(f'could not write {path} ({e}); what was there before is untouched') from e
 
 def load_checkpoint(path, device='cpu'):
     """-> model, checkpoint: a dictionary, its 'tokenizer' ready to use. Runs no code in the file."""
     if not os.path.isfile(path):
         raise UserError(f'no {path} yet: `python train.py --out_dir={os.path.dirname(path) or "."}` makes it')
-    try:
+    with explained(f'{path} is damaged, or no checkpoint of this version of vlm.py'):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         cfg = checkpoint.pop('config')
         model = MinimalVLM(VLMConfig(**cfg | {k: TransformerConfig(**cfg[k]) for k in ('vision', 'text')}))
         model.load_state_dict(checkpoint.pop('model'))
         checkpoint['tokenizer'] = Tokenizer(**checkpoint['tokenizer'])
-    except Exception as e:               # a damaged or hostile file can fail in any way there is
-        raise UserError(f'{path} is damaged, or no checkpoint of this version of vlm.py '
-                        f'({type(e).__name__}: {(str(e) or "?").splitlines()[0][:90]})') from e
-    return model.to(device), checkpoint
+        return model.to(device), checkpoint
 
 # 9. Text and pixels -----------------------------------------------------------------------------------------
 # how a text falls into pieces before the merges: SmolLM2's rule, words with their space and single digits
@@ -473,9 +475,7 @@ class Tokenizer:
         self.name, self.n_vocab, self.eos = name, self.encoding.n_vocab, special[END]
         self.encode = self.encoding.encode_ordinary      # text -> ids; special tokens spelled out are text
 
-    def decode(self, ids):
-        return ''.join(self.stream(ids))
-
+    decode = lambda self, ids: ''.join(self.stream(ids))
     def stream(self, ids):
         """Text as ids come in. Special ids are silent; a character in several tokens waits for its last."""
         utf8 = codecs.getincrementaldecoder('utf-8')(errors='replace')
@@ -487,11 +487,8 @@ class Tokenizer:
     def make(cls, name, texts=(), vocab_size=0):
         """'bytes', 'bpe' (learned from texts), or 'gpt2' (which tiktoken downloads once)."""
         if name == 'gpt2':
-            try:
+            with explained('tiktoken could not download gpt2: go online once, or use --tokenizer=bpe'):
                 gpt2 = tiktoken.get_encoding('gpt2')
-            except Exception as e:       # whatever tiktoken's HTTP library raises
-                raise UserError(f'the gpt2 tokenizer could not be downloaded ({type(e).__name__}): '
-                                'go online once, or use --tokenizer=bpe or --tokenizer=bytes') from e
             ranks = {token.decode('latin-1'): i for token, i in gpt2._mergeable_ranks.items()}
             return cls(name, ranks, {END: gpt2.eot_token}, gpt2._pat_str)
         if name not in ('bpe', 'bytes'):
@@ -508,7 +505,7 @@ def learn_bpe(texts, size):
         for pair in zip(parts[i], parts[i][1:]):
             pairs[pair] += sign * counts[i]
             where[pair].add(i)
-    for i in range(len(parts)):
+    for i in range(len(words)):
         tally(i, 1)
     while len(ranks) < size and pairs and pairs[best := max(pairs, key=pairs.get)] > 1:
         ranks.setdefault(''.join(best), len(ranks))
@@ -527,22 +524,18 @@ def learn_bpe(texts, size):
 def open_image(path, size=0, most=80_000_000):
     """A picture file as an upright RGB image; whatever is wrong with it becomes a UserError that names it.
     size: pixels a side that will do, so that a larger JPEG is decoded at 1/2 to 1/8; most: pixels decoded."""
-    try:
-        with Image.open(path) as image:
-            image.draft('RGB', (size, size) if size else image.size)
-            if image.width * image.height > most:
-                raise ValueError(f'{image.width} x {image.height} pixels are more than {most:,}')
-            return to_rgb(image)
-    except Exception as e:               # Pillow raises some twenty kinds of exception on broken files
-        why = 'no such file' if isinstance(e, FileNotFoundError) else f'{type(e).__name__}: {str(e)[:120]}'
-        raise UserError(f'{path}: not a picture that can be read ({why})') from e
+    with explained(f'{path}: not a picture that can be read'), Image.open(path) as image:
+        image.draft('RGB', (size, size) if size else image.size)
+        if image.width * image.height > most:
+            raise UserError(f'{path}: {image.width} x {image.height} pixels are more than {most:,}')
+        return to_rgb(image)
 
 def to_rgb(image):
     """Any Pillow image as upright 8-bit RGB: EXIF rotation, deep grey scaled, alpha over white, frame 1."""
     image.load()
     with contextlib.suppress(Exception):     # a broken EXIF block does not spoil the picture
         image = ImageOps.exif_transpose(image)
-    if image.mode[0] in 'IF':            # 16 or 32 bits a pixel
+    if image.mode[0] in 'IF':                # 16 or 32 bits a pixel
         high = image.getextrema()[1]
         white = 65535 if image.mode != 'F' and 255 < high < 65536 else max(high, 255)
         image = image.convert('F').point(lambda v: v * (255 / white) + 0).convert('L')
@@ -553,10 +546,10 @@ def to_rgb(image):
 def image_transform(cfg, augment=False):
     """A function from Pillow images to bytes (3,H,W). augment: crops, colours; no mirrors: texts say left."""
     size, bilinear = (cfg.image_size, cfg.image_size), Image.Resampling.BILINEAR
-    fit = lambda image: (ImageOps.fit(image, size, bilinear) if cfg.image_resize == 'crop' else
-                         image.resize(size, bilinear, reducing_gap=1.0))
-    if augment:
-        fit = v2.Compose([v2.RandomResizedCrop(size, scale=(0.5, 1.0)), v2.ColorJitter(0.3, 0.3, 0.3, 0.03)])
+    squash = lambda image: image.resize(size, bilinear, reducing_gap=1.0)
+    crop = lambda image: ImageOps.fit(image, size, bilinear)
+    vary = v2.Compose([v2.RandomResizedCrop(size, scale=(0.5, 1.0)), v2.ColorJitter(0.3, 0.3, 0.3, 0.03)])
+    fit = vary if augment else crop if cfg.image_resize == 'crop' else squash
     return lambda image: v2.functional.pil_to_tensor(fit(to_rgb(image)))
 
 def encode_prompt(tokenizer, cfg, prompt):
@@ -566,15 +559,21 @@ def encode_prompt(tokenizer, cfg, prompt):
 
 def collate(items, cfg, tokenizer, transform):
     """Items (image, prompt, answer) -> images (B,3,H,W), input_ids and targets (B,T), -100 where nothing is
-    scored: on prompts, and on the padding to the right, which causality hides."""
-    room, ids, targets = cfg.block_size - cfg.n_visual, [], []
-    for _, prompt, answer in items:
-        prompt = encode_prompt(tokenizer, cfg, prompt)[:room // 2]
-        answer = (tokenizer.encode(' ' + answer.strip()) + [tokenizer.eos])[:room - len(prompt)]
-        ids.append(torch.tensor(prompt + answer))
-        targets.append(torch.tensor([-100] * len(prompt) + answer))
-    images = torch.stack([transform(image) for image, _, _ in items])
-    return images, pad_sequence(ids, True), pad_sequence(targets, True, -100)
+    scored: on prompts, and on the padding to the right, which causality hides. Neighbours with the same image
+    share its row; then a fourth tensor, start (B,T), tells where in it the text of each token begins."""
+    room, images, rows = cfg.block_size - cfg.n_visual, [], []
+    for _, texts in itertools.groupby(items, lambda item: id(item[0])):
+        ids, targets, start = [], [], []
+        for image, prompt, answer in texts:
+            prompt = encode_prompt(tokenizer, cfg, prompt)[:room // 2]
+            answer = (tokenizer.encode(' ' + answer.strip()) + [tokenizer.eos])[:room - len(prompt)]
+            start += [len(ids)] * len(prompt + answer)
+            ids += prompt + answer
+            targets += [-100] * len(prompt) + answer
+        images.append(transform(image))
+        rows.append((ids, targets, start))
+    pad = lambda rows, value: pad_sequence([torch.tensor(row) for row in rows], True, value)
+    return torch.stack(images), *map(pad, [*zip(*rows)][:2 + (len(images) < len(items))], (0, -100, 0))
 
 # 10. Data ---------------------------------------------------------------------------------------------------
 COLORS = {'red': (225, 40, 40), 'green': (40, 170, 70), 'blue': (40, 80, 225), 'yellow': (240, 215, 40),
@@ -591,25 +590,31 @@ UNSEEN = {f'{color} {shape}' for color, shape in zip(COLORS, SHAPES)}   # pairs 
 QUESTIONS = ('count', 'side', 'exists', 'color', 'count', 'side', 'exists', 'shape', 'count', 'choice')
 
 class Shapes(torch.utils.data.Dataset):
-    """Scenes of one to three things, with captions and questions, drawn from (seed, split, index) alone.
-    Items: (PIL image, prompt, answer). 'train' and 'val' have no UNSEEN pair in pictures or words, 'novel'
-    no other. kind: 'mixed', 'caption', 'question' or one of QUESTIONS."""
+    """Scenes drawn from (seed, split, index) alone, with captions and questions. 'train' and 'val' have no
+    UNSEEN pair in picture or words, 'novel' no other. kind: 'mixed', 'caption', 'question', or a QUESTION."""
     def __init__(self, split, seed=0, kind='mixed', pixels=128):
         self.split, self.seed, self.kind, self.pixels = split, seed, kind, pixels
         pairs = (f'{color} {shape}' for color in COLORS for shape in SHAPES)
         self.pairs = [pair for pair in pairs if (pair in UNSEEN) == (split == 'novel')]
 
-    texts = property(lambda self: (' '.join(self[i][1:]) for i in range(3000)))
     __len__ = lambda self: 1_000_000
+    n_images = property(__len__)
+    texts = property(lambda self: (' '.join(self[i][1:]) for i in range(3000)))
 
     def __getitem__(self, index):
-        rng, text = random.Random(f'{self.seed} {self.split} {index}'), None
         kind = self.kind if self.kind != 'mixed' else 'question' if index % 4 else 'caption'
         kind = QUESTIONS[index // 4 % len(QUESTIONS)] if kind == 'question' else kind
-        while text is None:              # until the scene suits the question
+        return self.several(index, 1, [kind])[0]
+
+    def several(self, index, n, kinds=None):
+        """Up to n items about one scene, of kinds that suit it: a caption first, then questions."""
+        rng, texts = random.Random(f'{self.seed} {self.split} {index}'), []
+        kinds = kinds or ['caption', *rng.sample(QUESTIONS, len(QUESTIONS))]
+        while not texts:
             scene = self.scene(rng)
-            text = self.ask(kind, scene, rng)
-        return (self.draw(scene, rng), *text)
+            texts = [*itertools.islice(filter(None, (self.ask(kind, scene, rng) for kind in kinds)), n)]
+        image = self.draw(scene, rng)
+        return [(image, *text) for text in texts]
 
     def scene(self, rng):
         """One to three things that do not touch, in reading order; x, y and r in picture widths."""
@@ -617,11 +622,11 @@ class Shapes(torch.utils.data.Dataset):
             made = []
             for place in sorted(rng.sample(range(9), rng.randint(1, 3))):
                 x, y = (0.21 + 0.29 * cell + rng.uniform(-0.04, 0.04) for cell in (place % 3, place // 3))
-                alike = [p for p in self.pairs if made and {made[-1].color, made[-1].shape} & {*p.split()}]
-                (color, shape) = rng.choice(alike if made and rng.random() < 0.3 else self.pairs).split()
-                size = rng.choice(('small', 'large'))
-                made.append(types.SimpleNamespace(pair=f'{color} {shape}', color=color, shape=shape, x=x, y=y,
-                                                  size=size, place=place, r=rng.uniform(*SIZES[size])))
+                last = {*made[-1].pair.split()} if made and rng.random() < 0.3 else ()   # be like the last
+                pair = rng.choice([p for p in self.pairs if last & {*p.split()}] if last else self.pairs)
+                (color, shape), size = pair.split(), rng.choice([*SIZES])
+                made.append(argparse.Namespace(pair=pair, color=color, shape=shape, size=size, place=place,
+                                               x=x, y=y, r=rng.uniform(*SIZES[size])))
             if all(t is u or math.hypot(t.x - u.x, t.y - u.y) > t.r + u.r + 0.01 for t in made for u in made):
                 return made
 
@@ -635,32 +640,32 @@ class Shapes(torch.utils.data.Dataset):
 
     def ask(self, kind, scene, rng):
         """(prompt, answer) of that kind, or None if the scene does not suit it."""
-        t, u, pairs = rng.choice(scene), rng.choice(scene), [t.pair for t in scene]
-        absent, shapes = [pair for pair in self.pairs if pair not in pairs], {t.shape for t in scene}
+        t, pairs, shapes = rng.choice(scene), [t.pair for t in scene], [t.shape for t in scene]
         if kind == 'caption':
             *most, last = [f'a {t.size} {t.pair} {PLACES[t.place]}' for t in scene]
             return '', f'{", ".join(most)} and {last}' if most else last
         if kind == 'count':
-            traits = [trait for t in scene for trait in (t.color, t.shape)]
+            traits = ' '.join(pairs).split()
             twice = [trait for trait in traits if traits.count(trait) > 1] if rng.random() < 0.4 else []
             word = rng.choice(twice or ['', t.color, t.shape, rng.choice([*COLORS]), rng.choice([*SHAPES])])
             which = f'have the {"color" if word in COLORS else "shape"} {word}' if word else 'are there'
-            n = sum(word in ('', t.color, t.shape) for t in scene)
+            n = traits.count(word) if word else len(scene)
             return f'how many objects {which}?', ('zero', 'one', 'two', 'three')[n]
-        if kind == 'color' and sum(t.shape in pair for pair in pairs) == 1:
-            return f'what color is the {t.shape}?', t.color
-        if kind == 'shape' and sum(t.color in pair for pair in pairs) == 1:
+        if kind in ('color', 'choice') and shapes.count(t.shape) == 1:
+            colors = rng.sample([t.color, *rng.sample([c for c in COLORS if c != t.color], 2)], 3)
+            choice = ': {}, {} or {}'.format(*colors) if kind == 'choice' else ''
+            return f'what color is the {t.shape}{choice}?', t.color
+        if kind == 'shape' and [t.color for t in scene].count(t.color) == 1:
             return f'what shape is the {t.color} object?', t.shape
         if kind == 'exists':             # what is absent is near to what is there
-            near = rng.choice([pair for pair in absent if t.color in pair or t.shape in pair])
-            pair, truth = rng.choice([(t.pair, 'yes'), (near, 'no')])
+            near = [p for p in self.pairs if p not in pairs and (t.color in p or t.shape in p)]
+            pair, truth = rng.choice([(t.pair, 'yes'), (rng.choice(near), 'no')])
             return f'is there {"an" if pair[0] == "o" else "a"} {pair}?', truth
-        if kind == 'side' and t.place % 3 != u.place % 3 and t.shape != u.shape and len(pairs) == len(shapes):
+        apart = [(t, u) for t in scene for u in scene if t.place % 3 != u.place % 3]
+        if kind == 'side' and apart and len({*shapes}) == len(scene):
+            t, u = rng.choice(apart)
             side = 'left' if t.place % 3 < u.place % 3 else 'right'
             return f'is the {t.shape} left or right of the {u.shape}?', side
-        if kind == 'choice' and sum(t.shape in pair for pair in pairs) == 1:
-            colors = rng.sample([t.color, *rng.sample([c for c in COLORS if c != t.color], 2)], 3)
-            return 'what color is the {}: {}, {} or {}?'.format(t.shape, *colors), t.color
 
 def read_captions(path):
     """Yields (image name, prompt, answer) of a caption file: .csv, .txt, .jsonl, COCO's or LLaVA's .json."""
@@ -679,63 +684,61 @@ def read_captions(path):
         image, prompt, text = row.get('image'), row.get('prompt', ''), row.get('caption') or row.get('answer')
         if not image or not text or ('caption' not in row and not prompt):
             raise UserError(f'{path}, row {n}: wanted image and caption, or image, prompt and answer; '
-                            f'found {", ".join(str(k) for k in row if k)}')
+                            f'found {", ".join(map(str, row))}')
         yield str(image), str(prompt).strip(), str(text).strip()
 
 class CaptionedImages(torch.utils.data.Dataset):
     """Items (PIL image, prompt, answer) from rows (image name, prompt, answer): a block of bytes that workers
-    share. An image that cannot be read is named once, counted in bad, and its row replaced by the next."""
+    share. An image that cannot be read is named once, counted in bad, and the next one taken in its place."""
     def __init__(self, rows, folder, source, size=0):
-        self.folder, self.source, self.size = folder, source, size
-        self.names = sorted({image for image, _, _ in rows})
-        number = {name: i for i, name in enumerate(self.names)}
-        rows = [json.dumps([number[image], prompt, answer]).encode() for image, prompt, answer in rows]
+        self.folder, self.source, self.size, rows = folder, source, size, sorted(rows, key=lambda row: row[0])
+        counts = Counter(name for name, _, _ in rows)
+        self.names, self.n_images = [*counts], len(counts)
+        self.first = torch.tensor([0, *counts.values()]).cumsum(0)       # row of each image
+        rows = [json.dumps(row[1:]).encode() for row in rows]
         self.ends, self.block = torch.tensor([0, *map(len, rows)]).cumsum(0), b''.join(rows)
         self.bad = torch.zeros(len(self.names), dtype=torch.uint8).share_memory_()
 
-    texts = property(lambda self: (' '.join(self.row(i)[1:]) for i in range(len(self))))
     __len__ = lambda self: len(self.ends) - 1
-
-    def row(self, index):
-        return json.loads(self.block[self.ends[index]:self.ends[index + 1]])
-
+    row = lambda self, index: json.loads(self.block[self.ends[index]:self.ends[index + 1]])
+    texts = property(lambda self: (' '.join(self.row(i)) for i in range(len(self))))
     def __getitem__(self, index):
-        for i in range(index, index + len(self)):
-            n, prompt, answer = self.row(i % len(self))
-            if not self.bad[n]:
+        image = int(torch.searchsorted(self.first, index, right=True)) - 1
+        return self.several(image, 1, lambda n: [(index - int(self.first[image])) % n])[0]
+
+    def several(self, index, n, choose=lambda n: torch.randperm(n).tolist()):
+        """Up to n items about image number index."""
+        for i in [*range(index, self.n_images), *range(index)]:
+            if not self.bad[i]:
+                first, end = self.first[i:i + 2].tolist()
                 try:
-                    return open_image(os.path.join(self.folder, self.names[n]), self.size), prompt, answer
+                    image = open_image(os.path.join(self.folder, self.names[i]), self.size)
+                    return [(image, *self.row(first + j)) for j in choose(end - first)[:n]]
                 except UserError as e:
-                    self.bad[n] = 1
+                    self.bad[i] = 1
                     print(f'skipped: {e}', file=sys.stderr)
-        raise UserError(f'{self.source}: not one of its {len(self.names)} images can be read')
+        raise UserError(f'{self.source}: not one of its {self.n_images} images can be read')
 
 def make_dataset(spec, split='train', image_dir='', val_spec='', size=0, seed=0):
     """'shapes', a caption file, or a folder of class-named folders -> items (PIL image, prompt, answer).
-    split: 'train' or 'val', for shapes also 'novel'. Without val_spec a fixed 5 % of the images, all rows of
-    each, are held out. image_dir: where the images are, if not beside the file or in images/ there."""
+    split: 'train', 'val', for shapes also 'novel'. Without val_spec a fixed 5 % of the images is held out.
+    image_dir: where the images are, if not beside the file or in images/ there."""
     if spec == 'shapes':
         return Shapes(split, seed)
     path = val_spec if split == 'val' and val_spec else spec
     beside = path if os.path.isdir(path) else os.path.dirname(path) or '.'
-    try:
-        if os.path.isdir(path):
-            files = sorted(os.path.join(d, f) for d, _, fs in os.walk(os.path.abspath(path)) for f in fs)
-            rows = [(os.path.relpath(f, path), 'what is this?', f.split(os.sep)[-2].replace('_', ' '))
-                    for f in files if f.lower().endswith(tuple(Image.registered_extensions()))]
-        else:
-            rows = list(read_captions(path))
-    except (OSError, UnicodeError, json.JSONDecodeError, csv.Error, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f'dataset={path} is neither shapes nor a folder, and not a caption file as '
-                        f'in the README: {type(e).__name__} {e}') from e
-    names = sorted({row[0] for row in rows})
+    with explained(f'dataset={path} is neither shapes nor a folder, and not a caption file as in the README'):
+        rows = list(read_captions(path)) if not os.path.isdir(path) else [
+            (os.path.relpath(f'{d}/{file}', path), 'what is this?', os.path.basename(d).replace('_', ' '))
+            for d, _, files in os.walk(os.path.abspath(path)) for file in files
+            if file.lower().endswith(tuple(Image.registered_extensions()))]
+    names = sorted({name for name, _, _ in rows})
     folders = [image_dir] if image_dir else [beside, f'{beside}/images', f'{beside}/Images']
     found = [{name for name in names if os.path.isfile(os.path.join(folder, name))} for folder in folders]
     there, folder = max(zip(found, folders), key=lambda pair: len(pair[0]))
-    missing = sorted(set(names) - there)
     if not there:
         raise UserError(f'{path} names {len(names)} images, and none is in {folder}: see --image_dir')
-    if missing:
+    if missing := sorted(set(names) - there):
         print(f'{"WARNING: " * (len(missing) > len(names) / 100)}{path}: {len(missing)} of {len(names)} '
               f'images are missing and skipped: {", ".join(missing[:3])} ...', file=sys.stderr)
     held_out = set(random.Random(1337).sample(names, max(1, len(names) // 20)))
@@ -746,30 +749,27 @@ def make_dataset(spec, split='train', image_dir='', val_spec='', size=0, seed=0)
 
 # 11. Command line -------------------------------------------------------------------------------------------
 def override(settings, argv=None):
-    """Lets `--name=value`, `--name value` and a bare `--flag` change a runner's globals: nanoGPT's way, but
-    checked. The comment after a setting begins with the words allowed, in quotes (any word if it ends in
-    ...), or a range, "> 0 and <= 1;". A mistake is one line, and exit code 2."""
+    """Lets `--name=value`, `--name value` and a bare `--flag` change a runner's globals: nanoGPT's way, but a
+    setting's comment is checked, too: words in quotes (others too, if it ends in ...) or "> 0 and <= 1;"."""
     with open(settings['__file__'], encoding='utf-8') as f:
         comments = dict(re.findall(r'^(\w+) = .*?  +# (.*)$', f.read(), re.M))
-    flags = {'true': True, '1': True, 'false': False, '0': False}
     compare = {'>': operator.gt, '>=': operator.ge, '<': operator.lt, '<=': operator.le}
     wanted = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a word'}
     def read(name, text):
         kind, comment = type(settings[name]), comments[name]
-        limits = re.findall('([<>]=?) ([^ ]+)', comment.split(';')[0]) if comment[0] in '<>' else []
+        limits = re.findall('([<>]=?) ([^ ;]+)', comment.split(';')[0]) if comment[0] in '<>' else []
         words = re.findall("'(.*?)'", comment) if comment[0] == "'" and not comment.endswith('...') else None
         with contextlib.suppress(KeyError, ValueError):
-            value = flags[text.lower()] if kind is bool else kind(text)
+            value = {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)
             if all(compare[sign](value, float(n)) for sign, n in limits) and value in (words or [value]):
                 return value
         raise argparse.ArgumentTypeError(f'{text!r} is not {wanted[kind]} as asked for: {comment}')
-
     parser = argparse.ArgumentParser(description=settings['__doc__'], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f'{parser.prog}: {message}\n')
     for name, comment in comments.items():
         bare = dict(nargs='?', const=True) if isinstance(settings[name], bool) else {}
-        parser.add_argument(f'--{name}', type=functools.partial(read, name), default=settings[name],
+        parser.add_argument(f'--{name}', type=lambda text, k=name: read(k, text), default=settings[name],
                             metavar=repr(settings[name]), help=comment.replace('%', '%%'), **bare)
     found, unknown = parser.parse_known_args(argv)
     if unknown:
