@@ -1,16 +1,14 @@
-"""
-Talks about images with a model that train.py made.
+"""Talks about images with a model that train.py made.
 
     python sample.py                                     draws a scene and says what is in it
     python sample.py --image=cat.jpg                     describes a picture; or a,b.png, a folder, 'x/*.jpg'
-    python sample.py --image=cat.jpg --prompt="what color is the cat?"
-    python sample.py --image=cat.jpg --choices="a cat,a dog"     which of these is likelier
+    python sample.py --image=cat.jpg --prompt="what is it?" --choices="a cat,a dog"  which is likelier
+    python sample.py --image=cat.jpg --attention=look.png    draws where it looked for each word
 """
-import glob, os, sys, time
-
+import glob, math, os, sys, time
 import torch
-from PIL import Image
-
+from PIL import Image, ImageDraw
+from torchvision.transforms.v2.functional import to_pil_image, resize
 from vlm import Shapes, UserError, encode_prompt, image_transform, load_checkpoint, open_image, override
 
 # settings ---------------------------------------------------------------------------------------------------
@@ -19,6 +17,7 @@ init_from = ''                   # another checkpoint than that: its path
 image = ''                       # a file, several with commas, a folder or a pattern; '' = draw a scene
 prompt = ''                      # a question; '' = describe the image
 choices = ''                     # answers with commas: says how likely each is; '' = let the model say
+attention = ''                   # a picture to draw: where the model looked for each word; '' = none
 num_samples = 1                  # > 0; answers for each image
 max_new_tokens = 100             # > 0; longest answer
 temperature = 0.0                # >= 0; 0 = always the likeliest token, 1 = as the model has it
@@ -38,7 +37,7 @@ if dtype == 'auto':
     dtype = 'bfloat16' if kind == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
 seed = seed or time.time_ns() % 2 ** 31
 torch.manual_seed(seed)
-
+torch.set_grad_enabled(False)
 model, checkpoint = load_checkpoint(init_from or os.path.join(out_dir, 'ckpt.pt'), device)
 model.to(getattr(torch, dtype)).eval()
 if compile:
@@ -62,8 +61,7 @@ def pictures():
         raise UserError(f'image={image}: there is no picture')
     return paths
 
-def rank(pixels, ids):
-    """Prints the choices, likeliest first, with their probabilities among themselves."""
+def rank(pixels, ids):               # likeliest first, with probabilities among themselves
     texts = [text.strip() for text in choices.split(',') if text.strip()]
     answers = [torch.tensor(tok.encode(' ' + text) + [tok.eos], device=device) for text in texts]
     chances = model.score(pixels, ids, answers).softmax(0)
@@ -73,14 +71,12 @@ def rank(pixels, ids):
 def answer(pixels, ids):
     """Prints an answer as it comes, or several at once, and how fast they came."""
     start, times, tokens = time.time(), [], []
-
     def arriving():
         for step in model.stream(pixels, ids, max_new_tokens, temperature, top_p, top_k, tok.eos,
                                  num_samples=num_samples):
             tokens.append(step.flatten().tolist())
             times.append(time.time() - start)
             yield tokens[-1][0]
-
     if num_samples == 1:
         for i, piece in enumerate(tok.stream(arriving())):
             print(piece if i else piece.lstrip(), end='', flush=True)
@@ -91,9 +87,34 @@ def answer(pixels, ids):
             print('-', tok.decode(row).strip())
     rate = (len(times) - 1) * num_samples / (times[-1] - times[0]) if len(times) > 1 else 0
     print(f'[first token after {times[0] * 1e3:.0f} ms, then {rate:.0f} tokens/s]')
+    return [row[0] for row in tokens]
 
-failed = 0
-for path in pictures():
+def draw_attention(path, pixels, ids, said):
+    """Saves for each word the image, dark where the decoder, on average of its heads, did not look then."""
+    if model.cfg.projection == 'perceiver':
+        raise UserError('--attention: the tokens of a Perceiver resampler have no place in the image')
+    looks, ids = [block.attn for block in model.decoder.blocks], torch.cat([ids, ids.new_tensor(said)])
+    for look in looks:
+        look.maps = []
+    _, N = model.hidden(model.see(pixels), ids[None])
+    maps = torch.stack([look.maps[0][0].float().mean(0) for look in looks]).mean(0)      # (L,H,S,S) -> (S,S)
+    words = []
+    for look in looks:
+        look.maps = None
+    for token, row in zip(said, maps[N + len(ids) - len(said) - 1:]):    # the state before chose the token
+        piece = tok.decode([token])
+        words += [['', 0]] if not words or piece.startswith(' ') else []
+        words[-1] = [words[-1][0] + piece, words[-1][1] + row[:N].view(1, math.isqrt(N), -1).cpu()]
+    page = Image.new('RGB', (170 * min(8, len(words)), 185 * -(-len(words) // 8)), 'white')
+    bright = to_pil_image(pixels.cpu()).resize((160, 160))
+    for i, (word, row) in enumerate(words):
+        x, y, mask = i % 8 * 170, i // 8 * 185, to_pil_image(resize(row / row.max(), [160, 160]).clamp(0, 1))
+        page.paste(Image.composite(bright, bright.point(lambda v: v // 4), mask), (x, y))
+        ImageDraw.Draw(page).text((x, y + 162), word.strip(), 'black', font_size=15)
+    page.save(path)
+
+failed, paths = 0, pictures()
+for number, path in enumerate(paths):
     try:
         pixels = transform(open_image(path, model.cfg.image_size)).to(device)
     except UserError as e:               # the other pictures still get their answer
@@ -102,5 +123,8 @@ for path in pictures():
         continue
     print(f'{path}: {prompt}' if prompt else path)
     ids = torch.tensor(encode_prompt(tok, model.cfg, prompt), dtype=torch.long, device=device)
-    rank(pixels, ids) if choices else answer(pixels, ids)
+    said = rank(pixels, ids) if choices else answer(pixels, ids)
+    if attention and said:
+        name, kind = os.path.splitext(attention)
+        draw_attention(attention if len(paths) == 1 else f'{name}-{number}{kind}', pixels, ids, said)
 sys.exit(failed)

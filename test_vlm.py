@@ -22,7 +22,6 @@ KINDS = {'llama': CFG, 'linear': replace(CFG, projection='linear'),
          'perceiver': replace(CFG, projection='perceiver', n_latents=5),
          'conv': replace(CFG, text=EYE, stem='conv', input_norm=True),
          'resnet': replace(CFG, vision=TransformerConfig(1, 4, 512), encoder='resnet18', projection='linear')}
-
 @pytest.fixture(params=KINDS)
 def cfg(request):
     return KINDS[request.param]
@@ -81,7 +80,6 @@ def test_fused_attention_equals_the_spelled_out_one(stack, causal):
     close(att(x, mask=mask, rope=rope), fused, 1e-5)
     assert att.maps[0].shape == (2, 4, 6, 6) and (not causal or att.maps[0].triu(1).abs().max() == 0)
     close(att.maps[0].sum(-1), torch.ones(2, 4, 6), 1e-5)
-
 def test_rope_makes_attention_depend_on_distance_alone():
     (q, k), table = torch.randn(2, 1, 1, 1, 8), vlm.rope_table(50, 8, 10000.0)
     score = lambda i, j: (vlm.rotate(q, table[:, i:i + 1]) * vlm.rotate(k, table[:, j:j + 1])).sum()
@@ -110,7 +108,6 @@ def put(target, blocks, modules, **tensors):
     assert {name: p.shape for name, p in own.items()} == {name: p.shape for name, p in tensors.items()}
     for name, value in tensors.items():
         own[name].copy_(value)
-
 def test_vision_encoder_equals_torchvisions_vit():
     eye = build(replace(CFG, class_token=True, vision=replace(EYE, n_hidden=64)), vlm.VisionEncoder)
     ref, (images, _) = torchvision.models.VisionTransformer(32, 8, 2, 4, 32, 64).eval(), some(CFG)
@@ -123,7 +120,6 @@ def test_vision_encoder_equals_torchvisions_vit():
         class_token=ref.class_token, position=ref.encoder.pos_embedding[0])
     x = torch.cat([ref.class_token.expand(3, -1, -1), ref._process_input(images)], 1)
     close(eye(images), ref.encoder(x)[:, 1:])
-
 def test_vision_encoder_equals_transformers_siglip():
     tf, (images, _) = pytest.importorskip('transformers'), some(CFG)
     ref = build(tf.SiglipVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, patch_size=8,
@@ -136,7 +132,6 @@ def test_vision_encoder_equals_transformers_siglip():
     put(eye, map(block, core.encoder.layers), {'stem': core.embeddings.patch_embedding,
         'norm': core.post_layernorm}, position=core.embeddings.position_embedding.weight)
     close(eye(images), ref(images).last_hidden_state)
-
 def test_language_model_equals_transformers_llama_with_grouped_heads():
     tf, model, (_, ids) = pytest.importorskip('transformers'), build(CFG), some(CFG, 2, 20)
     ref = tf.LlamaForCausalLM(tf.LlamaConfig(
@@ -151,7 +146,6 @@ def test_language_model_equals_transformers_llama_with_grouped_heads():
     close(model(None, ids)[0], ref(ids).logits)
     theirs = ref.generate(ids, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(model.generate(None, ids, max_new_tokens=30, temperature=0), theirs)
-
 def test_language_model_equals_transformers_gpt2():
     tf, (_, ids) = pytest.importorskip('transformers'), some(CFG, 2, 20)
     model = build(replace(CFG, text=replace(EYE, norm_eps=1e-5, activation='gelu_tanh')))
@@ -164,7 +158,6 @@ def test_language_model_equals_transformers_gpt2():
     put(model.decoder, map(block, ref.transformer.h), {'embedding': ref.transformer.wte,
         'norm': ref.transformer.ln_f}, position=ref.transformer.wpe.weight)
     close(model(None, ids)[0], ref(ids).logits)
-
 def test_resnet_encoder_equals_torchvisions_feature_map():
     eye, ref = build(KINDS['resnet'], vlm.ResNetEncoder), torchvision.models.resnet18(weights=None).eval()
     eye.load_state_dict({k: v for k, v in ref.state_dict().items() if not k.startswith('fc')})
@@ -182,12 +175,11 @@ def test_loss_is_that_of_predicting_each_token_from_what_is_before_it(cfg):
     targets[0, :3], targets[1, 5:] = -100, -100
     logits, loss = model(images, ids, targets)
     for b, t in (targets != -100).nonzero().tolist():
-        h, _ = model.hidden(images[b], ids[b:b + 1, :t])
+        h, _ = model.hidden(model.see(images[b]), ids[b:b + 1, :t])
         slow.append(-model.decoder.head(h[0, -1]).log_softmax(-1)[ids[b, t]])
     close(loss, torch.stack(slow).mean(), 1e-4)
     assert logits.shape == (3, 7, cfg.vocab_size)
     close(F.cross_entropy(logits[2, :-1], ids[2, 1:]), torch.stack(slow[-6:]).mean(), 1e-4)
-
 def test_text_sees_the_image_and_the_past_but_not_the_future(cfg):
     model, (images, ids) = build(cfg), some(cfg)
     logits, changed = model(images, ids)[0], ids.clone()
@@ -197,7 +189,6 @@ def test_text_sees_the_image_and_the_past_but_not_the_future(cfg):
     assert (model(images.roll(1, 0), ids)[0] - logits).abs().max() > 1e-4
     close(model(images, F.pad(ids, (0, 5)))[0][:, :7], logits, 1e-5)       # padding on the right is not seen
     close(model(images[1], ids[1])[0][0], logits[1], 1e-5)                 # nor is the rest of the batch
-
 def test_generation_is_the_same_with_and_without_cache_in_batches_and_alone(cfg):
     model, (images, ids) = build(cfg), some(cfg)
     plain = model.generate(images, ids, max_new_tokens=12, temperature=0)
@@ -211,7 +202,6 @@ def test_generation_is_the_same_with_and_without_cache_in_batches_and_alone(cfg)
         for i, row in enumerate(rows):
             assert torch.equal(row, model.generate(images[i], prompts[i], **options)[0])
     assert rows[0][-1] == stop and len(rows[0]) <= 10
-
 def test_generate_shares_one_image_among_samples_and_leaves_the_mode_alone():
     model, (images, ids) = build(CFG).train(), some(CFG)
     out = model.generate(images[0], ids[0], max_new_tokens=6, num_samples=5)
@@ -383,6 +373,19 @@ def test_texts_that_share_an_image_and_a_row_teach_what_they_teach_alone(cfg):
         both.append((loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
     for one, other in zip(*both):
         close(one, other, 1e-5)
+def test_contrast_is_siglips_loss_of_texts_pooled_one_by_one():
+    model, tok, slow = build(KINDS['gpt2']), Tokenizer.make('bytes'), []
+    rows = [[('', 'red'), ('', 'a dog')], [('what?', 'no')]]
+    items = [(image, *words) for row in rows for image in [Image.effect_noise((32, 32), 90)] for words in row]
+    batch = collate(items, KINDS['gpt2'], tok, image_transform(KINDS['gpt2']))
+    eyes = F.normalize(model.see(batch[0]).mean(1), dim=-1)
+    for i, (prompt, answer) in enumerate(sum(rows, [])):
+        ids = torch.tensor([[*prompt.encode(), *f' {answer}'.encode(), tok.eos]])
+        h, _ = model.hidden(model.see(None), ids)
+        cosine = eyes @ F.normalize(h[0, len(prompt):].mean(0), dim=0)
+        slow += [-F.logsigmoid((10 * c - 10) * (1 if (i == 2) == j else -1)) for j, c in enumerate(cosine)]
+    plain, both = (model(*batch, siglip=weight)[1] for weight in (0, 2))
+    close((both - plain) / 2, sum(slow) / 3, 1e-4)
 def test_scenes_come_from_seed_split_and_index_and_keep_unseen_pairs_out_of_training():
     a, b = Shapes('train', 1), Shapes('train', 1)
     assert a[5][1:] == b[5][1:] and a[5][0].tobytes() == b[5][0].tobytes()
@@ -432,7 +435,6 @@ def test_answers_to_questions_agree_with_the_caption_of_the_scene():
         elif data.kind in ('color', 'shape'):
             named = re.search(r'is the (\w+)', question)[1]
             assert [t for t in things if named in t][0].replace(named, '').strip() == answer
-
 def photos(folder, n):
     os.makedirs(folder, exist_ok=True)
     for i in range(n):
@@ -513,10 +515,8 @@ def test_wrong_settings_are_one_line_that_helps(capsys):
         call('--help')
     out = capsys.readouterr().out
     assert stop.value.code == 0 and all(f'--{name}' in out for name, _ in names)
-
 SMALL = ['--batch_size=8', '--eval_iters=1', '--eval_samples=2', '--log_interval=1', '--lr_decay_iters=6',
          '--dtype=float32']
-
 def losses(folder):
     return [row['loss'] for row in table(folder / 'log.csv') if row['loss']]
 def test_a_resumed_run_equals_one_that_never_stopped(tmp_path):

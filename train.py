@@ -39,6 +39,7 @@ projection = ''                  # '', 'linear', 'mlp', 'pixel_shuffle' or 'perc
 dropout = -1.0                   # >= -1 and < 1; in eye and mouth, -1 = the preset's
 optimizer = 'muon'               # 'muon' (hidden matrices, the rest AdamW) or 'adamw'
 balance = 0.5                    # >= 0 and <= 1; 0: each token weighs the same, 1: each answer, however long
+contrastive = 0.0                # >= 0; weight of SigLIP's loss: which text belongs to which image
 learning_rate = 3e-3             # > 0; of AdamW
 muon_lr = 0.02                   # > 0; of Muon
 max_iters = 1200                 # >= 0; steps
@@ -96,11 +97,10 @@ def load(items, first=0, augment=False):
         items.n_images, generator=torch.Generator().manual_seed(seed + epoch)))
 
     def make(n):
-        numbers = range(n * batch_size + rank, (n + 1) * batch_size, world)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + n)          # of the choice of texts and the augmentation
             groups = [items.several(int(order(i // items.n_images)[i % items.n_images]), texts_per_image)
-                      for i in numbers]
+                      for i in range(n * batch_size + rank, (n + 1) * batch_size, world)]
             images, ids, targets, *start = collate(sum(groups, []), model.cfg, tok, transform)
         start, scored = start[0] if start else torch.zeros_like(ids), (targets != -100).float()
         count = torch.zeros(ids.shape).scatter_add(1, start, scored).gather(1, start)    # in a token's text
@@ -207,11 +207,11 @@ def evaluate(last):
         quiz(Shapes('novel', seed, 'caption'), 5 * eval_samples, 'captions of pairs that training never drew')
         quiz(Shapes('val', seed, 'question'), 5 * eval_samples, 'questions')
     print(f'{step},{time.time() - began:.1f},,{own:.5f},{swap:.5f},{share:.4f}', file=log)
-    page = Image.new('RGB', (960, 900), 'white')
+    page = Image.new('RGB', (960, 930), 'white')
     for i, (image, prompt, truth, said) in enumerate(answers(val_set, 12)):
-        x, y = i % 4 * 240 + 5, i // 4 * 300 + 5
+        x, y = i % 4 * 240 + 5, i // 4 * 310 + 5
         page.paste(image.resize((230, 230)), (x, y))
-        text = '\n'.join(textwrap.wrap(f'{prompt} {said}'.strip(), 36)[:3])
+        text = '\n'.join(textwrap.wrap(f'{prompt} {said}'.strip(), 36)[:4])
         ImageDraw.Draw(page).text((x, y + 232), text, 'green' if said == truth else 'firebrick', font_size=13)
     page.save(f'{out_dir}/samples.png')
 
@@ -262,7 +262,7 @@ while True:
     for part, weight in zip(parts, weights):
         net.require_backward_grad_sync = part is parts[-1]
         with precision:
-            loss = net(*part, return_logits=False)[1] * weight / total
+            loss = net(*part, return_logits=False, siglip=contrastive)[1] * weight / total
         scaler.scale(loss * world).backward()
         losses.append(loss.detach())
     # 4. the rate rises straight over warmup_iters, then falls straight to min_lr at lr_decay_iters

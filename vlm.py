@@ -16,7 +16,7 @@ K key/value heads, D channels a head, V vocabulary.
 Papers (arXiv): ViT 2010.11929, SigLIP 2303.15343, LLaVA 2304.08485, Perceiver resampler 2204.14198, GPT-2
 (Radford 2019), Llama 2302.13971, RoPE 2104.09864, grouped queries 2305.13245, SwiGLU 2002.05202.
 """
-import argparse, codecs, contextlib, csv, difflib, itertools, json, math, operator, os, random, re, sys
+import argparse, codecs, contextlib, csv, difflib, itertools, json, math, os, random, re, sys, warnings
 from collections import Counter, OrderedDict, defaultdict
 from dataclasses import asdict, dataclass, replace
 import tiktoken, torch, torchvision
@@ -95,17 +95,15 @@ class VLMConfig:
             raise UserError(f'image_size={self.image_size} must divide by {self.cell * self.factor}, and '
                             f'block_size={self.block_size} exceed the {self.n_visual} tokens of an image')
 
-def from_scratch(n_embd, eye_layers, mouth_layers, dropout=0.0, **more):
-    """The shape that learned fastest from nothing: convolutional stem, no biases, one scale at the mouth."""
-    eye = TransformerConfig(eye_layers, n_embd // 32, n_embd, bias=False, dropout=dropout)
-    return VLMConfig(eye, replace(eye, n_layer=mouth_layers), stem='conv', patch_size=8, input_norm=True,
-                     projection='pixel_shuffle', projection_bias=False, tokenizer='bpe', **more)
-
 SMOLLM2 = TransformerConfig(30, 9, 576, n_kv_head=3, n_hidden=1536, norm='rms', norm_eps=1e-5, bias=False,
                             activation='swiglu', position='rope', rope_base=100000.0)
+SCRATCH = dict(stem='conv', patch_size=8, input_norm=True, projection='pixel_shuffle', projection_bias=False,
+               tokenizer='bpe')          # what learned fastest from nothing
+slim = lambda n_layer, n_embd, **more: TransformerConfig(n_layer, n_embd // 32, n_embd, bias=False, **more)
 PRESETS = {  # of 1.4M parameters, for drawn shapes on a laptop, of 22M, 213M and 222M
-    'tiny': from_scratch(128, 1, 4, image_size=64, vocab_size=512, block_size=80),
-    'small': from_scratch(384, 4, 6, dropout=0.1, image_size=128, vocab_size=4096, block_size=192),
+    'tiny': VLMConfig(slim(1, 128), slim(4, 128), image_size=64, vocab_size=512, block_size=80, **SCRATCH),
+    'small': VLMConfig(slim(4, 384, dropout=0.1), slim(6, 384, dropout=0.1), image_size=128, vocab_size=4096,
+                       block_size=192, **SCRATCH),
     'base': VLMConfig(text=TransformerConfig(norm_eps=1e-5, activation='gelu_tanh'), class_token=True,
                       image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225), image_resize='crop'),
     'nanovlm': VLMConfig(TransformerConfig(activation='gelu_tanh'), SMOLLM2, projection='pixel_shuffle',
@@ -161,9 +159,8 @@ class Attention(nn.Module):
             kv, start = cache
             kv[0, :, :, start:start + T], kv[1, :, :, start:start + T] = k, v
             k, v = kv[:, :, :, :start + T]
-        # is_causal lines up the first query with the first key, which is right for a whole sequence only
+        # is_causal lines up the first query with the first key: right for a whole sequence, not on a cache
         causal = self.causal and mask is None
-        assert not causal or k.size(2) == T, 'queries on a cache need a mask'
         # backward in bf16, PyTorch's fused kernel for CPUs takes seven times as long as the spelled-out lines
         if self.maps is None and not (q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad):
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=groups > 1)
@@ -219,9 +216,7 @@ class Transformer(nn.Module):
 
 # 3. The eye -------------------------------------------------------------------------------------------------
 def conv_stem(width, patch_size):
-    """(B,3,h,w) -> (B,width,h/patch_size,w/patch_size). Max-pooling keeps the edges that averages blur."""
-    if patch_size not in (4, 8, 16, 32):
-        raise UserError(f'a convolutional stem halves: patch_size={patch_size} must be 4, 8, 16 or 32')
+    """(B,3,h,w) -> (B,width,h/p,w/p), p 4, 8, 16 or 32. Max-pooling keeps the edges that averages blur."""
     widths = [width // 4, width // 4, width // 4, width // 2, width][-int(math.log2(patch_size)):]
     layers = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.GELU()]
     for a, b in zip(widths, widths[1:]):
@@ -269,10 +264,9 @@ class MultimodalProjection(nn.Module):
             self.resampler = Transformer(replace(cfg.text, n_layer=2))
 
     def forward(self, x):
-        if self.factor > 1:              # pixel shuffle: a square of neighbours becomes one long feature
-            (B, _, C), f, g = x.shape, self.factor, self.grid // self.factor
-            x = x.view(B, g, f, g, f, C).transpose(2, 3).reshape(B, g * g, f * f * C)
-        x = self.proj(x)
+        # pixel shuffle: a square of neighbours, of f x f, becomes one long feature
+        (B, _, C), f, g = x.shape, self.factor, self.grid // self.factor
+        x = self.proj(x.view(B, g, f, g, f, C).transpose(2, 3).reshape(B, g * g, f * f * C))
         if self.resampler is not None:
             x = self.resampler.run(self.latents.expand(len(x), -1, -1), context=self.norm(x))
         return x
@@ -329,11 +323,10 @@ class MinimalVLM(nn.Module):
 
     read = lambda self, ids: self.decoder.scale(self.decoder.embedding(ids))     # (...,T) -> (...,T,C)
 
-    def hidden(self, images, input_ids, start=None):
-        """Decoder states (B,N+T,C) over images, one for each row or one for all, and texts (B,T); and N.
+    def hidden(self, visual, input_ids, start=None):
+        """Decoder states (B,N+T,C) over visual tokens (B,N,C), (1,N,C) for all rows, and texts (B,T); and N.
         start (B,T): where in its row the text of a token begins, which sees no other text of the row."""
-        visual, x = self.see(images), self.read(input_ids)       # (B,N,C) or (1,N,C), and (B,T,C)
-        x, N = torch.cat([visual.expand(len(x), -1, -1), x], dim=1), visual.size(1)
+        x, N = torch.cat([visual.expand(len(input_ids), -1, -1), self.read(input_ids)], 1), visual.size(1)
         steps, mask, longest = torch.arange(x.size(1), device=x.device), None, self.cfg.block_size
         if start is not None:
             start = F.pad(start, (N, 0))                         # (B,N+T)
@@ -343,11 +336,12 @@ class MinimalVLM(nn.Module):
             raise UserError(f'{x.size(1)} tokens with the image exceed block_size={longest}')
         return self.decoder(x, steps, mask), N
 
-    def forward(self, images, input_ids, targets=None, start=None, weight=None, return_logits=True):
+    def forward(self, images, input_ids, targets=None, start=None, weight=None, return_logits=True, siglip=0):
         """Reads images (see see()) and known texts, input_ids (B,T) or (T,); targets: these, or -100; start:
         see hidden(). Returns logits (B,T,V) or None, row t about what follows text token t, and the loss in
-        nats a scored token or None; weight (B,T): how much each token counts in it."""
-        (h, N), loss = self.hidden(images, torch.atleast_2d(input_ids), start), None
+        nats a scored token or None, in which each has a weight (B,T), and contrast() the weight siglip."""
+        visual, loss = self.see(images), None
+        h, N = self.hidden(visual, torch.atleast_2d(input_ids), start)
         if targets is not None:
             # the one shift: the state before a token predicts it; before a text that is the image's last
             targets, t = targets.view(len(h), -1), torch.arange(h.size(1) - N, device=h.device)
@@ -356,9 +350,21 @@ class MinimalVLM(nn.Module):
             before = before + h.size(1) * torch.arange(len(h), device=h.device)[:, None]   # in all rows
             states = h.flatten(0, 1).index_select(0, before[scored])
             nats = F.cross_entropy(self.decoder.head(states).float(), targets[scored], reduction='none')
-            weight = torch.ones_like(nats) if weight is None else weight[scored]
-            loss = (nats * weight).sum() / weight.sum()
+            loss = nats.mean() if weight is None else (nats * weight[scored]).sum() / weight[scored].sum()
+            if siglip:
+                loss = loss + siglip * self.contrast(visual, input_ids, targets, start)
         return (self.decoder.head(h[:, N:]) if return_logits else None), loss
+
+    def contrast(self, visual, input_ids, targets, start):
+        """SigLIP's loss, nats a text: which texts (B,T), read without images, are about which image (B,N,C)?
+        Both are pooled by their mean and compared by cosine, at the scale and bias where SigLIP starts."""
+        (B, T), (h, _) = input_ids.shape, self.hidden(self.see(None), input_ids, start)         # (B,T,C)
+        rows, scored = torch.arange(B, device=h.device), targets != -100
+        texts, text = (rows[:, None] * T + start)[scored].unique(return_inverse=True)   # known by first token
+        words = h.new_zeros(len(texts), h.size(-1)).index_add(0, text, h[scored])       # (texts,C)
+        cosine = F.normalize(words, dim=-1) @ F.normalize(visual.mean(1), dim=-1).T     # (texts,B)
+        own = torch.where(texts[:, None] // T == rows, 1, -1)
+        return -F.logsigmoid(own * (10 * cosine.float() - 10)).sum(1).mean()
 
     @torch.no_grad()
     def stream(self, images, prompt_ids, max_new_tokens=50, temperature=1.0, top_p=1.0, top_k=0, stop=-1,
@@ -376,8 +382,7 @@ class MinimalVLM(nn.Module):
             x, shortest = pad_sequence(rows, batch_first=True, padding_side='left'), min(map(len, rows))
             S, end = x.size(1), min(x.size(1) + max_new_tokens, self.cfg.block_size)
             if not 0 < shortest <= S < self.cfg.block_size:
-                raise UserError(f'a prompt has {shortest and S} tokens with the image: at least 1 is needed, '
-                                f'and fewer than block_size={self.cfg.block_size}')
+                raise UserError(f'{shortest and S} tokens: at least 1, < block_size={self.cfg.block_size}')
             padding = torch.tensor([[S - len(row)] for row in rows], device=x.device)           # (B,1)
             attn, steps, kv = self.decoder.blocks[0].attn, torch.arange(end, device=x.device), None
             if use_cache:                # the memory of all layers, taken once: (layer,2,B,K,end,D)
@@ -420,7 +425,7 @@ class MinimalVLM(nn.Module):
         """Log-probability (n,) of each of n answers, ids (T_i,) each, after an image and a prompt (T,)."""
         ids = pad_sequence([torch.cat([prompt_ids, choice]) for choice in choices], batch_first=True)
         targets = pad_sequence(choices, batch_first=True, padding_value=-100)                   # (n,T)
-        logits = self.decoder.head(self.hidden(image, ids)[0][:, -targets.size(1) - 1:-1]).float()  # (n,T,V)
+        logits = self.decoder.head(self.hidden(self.see(image), ids)[0][:, -targets.size(1) - 1:-1]).float()
         return -F.cross_entropy(logits.transpose(1, 2), targets, reduction='none').sum(1)
 
 # 7. Sampling ------------------------------------------------------------------------------------------------
@@ -518,7 +523,6 @@ def learn_bpe(texts, size):
                 merged.append(token)
             parts[i] = merged
             tally(i, 1)
-        del pairs[best]
     return ranks
 
 def open_image(path, size=0, most=80_000_000):
@@ -546,9 +550,9 @@ def to_rgb(image):
 def image_transform(cfg, augment=False):
     """A function from Pillow images to bytes (3,H,W). augment: crops, colours; no mirrors: texts say left."""
     size, bilinear = (cfg.image_size, cfg.image_size), Image.Resampling.BILINEAR
+    vary = v2.Compose([v2.RandomResizedCrop(size, scale=(0.5, 1.0)), v2.ColorJitter(0.3, 0.3, 0.3, 0.03)])
     squash = lambda image: image.resize(size, bilinear, reducing_gap=1.0)
     crop = lambda image: ImageOps.fit(image, size, bilinear)
-    vary = v2.Compose([v2.RandomResizedCrop(size, scale=(0.5, 1.0)), v2.ColorJitter(0.3, 0.3, 0.3, 0.03)])
     fit = vary if augment else crop if cfg.image_resize == 'crop' else squash
     return lambda image: v2.functional.pil_to_tensor(fit(to_rgb(image)))
 
@@ -613,7 +617,11 @@ class Shapes(torch.utils.data.Dataset):
         while not texts:
             scene = self.scene(rng)
             texts = [*itertools.islice(filter(None, (self.ask(kind, scene, rng) for kind in kinds)), n)]
-        image = self.draw(scene, rng)
+        image = Image.new('RGB', (self.pixels, self.pixels), tuple(rng.randint(225, 255) for _ in range(3)))
+        for t in scene:
+            shade = tuple(min(255, max(0, v + rng.randint(-20, 20))) for v in COLORS[t.color])
+            corners = [(t.x + t.r * d * math.sin(a), t.y - t.r * d * math.cos(a)) for a, d in SHAPES[t.shape]]
+            ImageDraw.Draw(image).polygon([(x * self.pixels, y * self.pixels) for x, y in corners], shade)
         return [(image, *text) for text in texts]
 
     def scene(self, rng):
@@ -629,14 +637,6 @@ class Shapes(torch.utils.data.Dataset):
                                                x=x, y=y, r=rng.uniform(*SIZES[size])))
             if all(t is u or math.hypot(t.x - u.x, t.y - u.y) > t.r + u.r + 0.01 for t in made for u in made):
                 return made
-
-    def draw(self, scene, rng):
-        image = Image.new('RGB', (self.pixels, self.pixels), tuple(rng.randint(225, 255) for _ in range(3)))
-        for t in scene:
-            shade = tuple(min(255, max(0, v + rng.randint(-20, 20))) for v in COLORS[t.color])
-            corners = [(t.x + t.r * d * math.sin(a), t.y - t.r * d * math.cos(a)) for a, d in SHAPES[t.shape]]
-            ImageDraw.Draw(image).polygon([(x * self.pixels, y * self.pixels) for x, y in corners], shade)
-        return image
 
     def ask(self, kind, scene, rng):
         """(prompt, answer) of that kind, or None if the scene does not suit it."""
@@ -683,8 +683,7 @@ def read_captions(path):
     for n, row in enumerate(rows, 1):
         image, prompt, text = row.get('image'), row.get('prompt', ''), row.get('caption') or row.get('answer')
         if not image or not text or ('caption' not in row and not prompt):
-            raise UserError(f'{path}, row {n}: wanted image and caption, or image, prompt and answer; '
-                            f'found {", ".join(map(str, row))}')
+            raise UserError(f'{path}, row {n}: wanted image and caption or image, prompt, answer; {[*row]}')
         yield str(image), str(prompt).strip(), str(text).strip()
 
 class CaptionedImages(torch.utils.data.Dataset):
@@ -753,7 +752,7 @@ def override(settings, argv=None):
     setting's comment is checked, too: words in quotes (others too, if it ends in ...) or "> 0 and <= 1;"."""
     with open(settings['__file__'], encoding='utf-8') as f:
         comments = dict(re.findall(r'^(\w+) = .*?  +# (.*)$', f.read(), re.M))
-    compare = {'>': operator.gt, '>=': operator.ge, '<': operator.lt, '<=': operator.le}
+    compare = {'>': float.__gt__, '>=': float.__ge__, '<': float.__lt__, '<=': float.__le__}
     wanted = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a word'}
     def read(name, text):
         kind, comment = type(settings[name]), comments[name]
@@ -761,7 +760,7 @@ def override(settings, argv=None):
         words = re.findall("'(.*?)'", comment) if comment[0] == "'" and not comment.endswith('...') else None
         with contextlib.suppress(KeyError, ValueError):
             value = {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)
-            if all(compare[sign](value, float(n)) for sign, n in limits) and value in (words or [value]):
+            if all(compare[is_](float(value), float(n)) for is_, n in limits) and value in (words or [value]):
                 return value
         raise argparse.ArgumentTypeError(f'{text!r} is not {wanted[kind]} as asked for: {comment}')
     parser = argparse.ArgumentParser(description=settings['__doc__'], allow_abbrev=False,
@@ -776,5 +775,6 @@ def override(settings, argv=None):
         near = difflib.get_close_matches(unknown[0].split('=')[0], [f'--{name}' for name in comments], 1)
         parser.error(f'no setting {unknown[0]}; {f"did you mean {near[0]}?" if near else "--help lists all"}')
     settings.update(vars(found))
+    warnings.filterwarnings('ignore', module='PIL')      # of odd pictures; what is too odd raises
     shown = lambda kind, e, trace: print(f'{parser.prog}: {e}', file=sys.stderr)
     sys.excepthook = lambda kind, *e: (shown if issubclass(kind, UserError) else sys.__excepthook__)(kind, *e)
