@@ -9,10 +9,8 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 from vlm import (PRESETS, MinimalVLM, Shapes, Tokenizer, TransformerConfig, UserError, VLMConfig, collate,
                  image_transform, load_checkpoint, make_dataset, open_image, sample_top_p, save_checkpoint)
-
 HERE = pathlib.Path(__file__).absolute().parent
-DATA = HERE / '..' / 'shared' / 'data'
-ENV = {**os.environ, 'OMP_NUM_THREADS': '2'}
+DATA, ENV = HERE / '..' / 'shared' / 'data', {**os.environ, 'OMP_NUM_THREADS': '2'}
 EYE = TransformerConfig(2, 4, 32)
 LLAMA = replace(EYE, n_kv_head=2, norm='rms', norm_eps=1e-5, activation='swiglu', position='rope', bias=False)
 CFG = VLMConfig(EYE, LLAMA, image_size=32, patch_size=8, projection='pixel_shuffle', vocab_size=300,
@@ -80,11 +78,6 @@ def test_fused_attention_equals_the_spelled_out_one(stack, causal):
     close(att(x, mask=mask, rope=rope), fused, 1e-5)
     assert att.maps[0].shape == (2, 4, 6, 6) and (not causal or att.maps[0].triu(1).abs().max() == 0)
     close(att.maps[0].sum(-1), torch.ones(2, 4, 6), 1e-5)
-def test_rope_makes_attention_depend_on_distance_alone():
-    (q, k), table = torch.randn(2, 1, 1, 1, 8), vlm.rope_table(50, 8, 10000.0)
-    score = lambda i, j: (vlm.rotate(q, table[:, i:i + 1]) * vlm.rotate(k, table[:, j:j + 1])).sum()
-    close(score(3, 1), score(45, 43), 1e-5)
-    assert abs(score(3, 1) - score(3, 2)) > 1e-3
 def test_gradient_checkpointing_changes_no_gradient(cfg):
     grads = []
     for on in (False, True):
@@ -95,7 +88,6 @@ def test_gradient_checkpointing_changes_no_gradient(cfg):
     close(*grads, 1e-6)
 BLOCK = ['norm1', 'norm2', 'attn.q', 'attn.kv', 'attn.out', 'mlp.up', 'mlp.down']
 Part = namedtuple('Part', 'weight bias')         # of a module in another implementation
-
 @torch.no_grad()
 def put(target, blocks, modules, **tensors):
     """Copies modules (in a list: joined) and tensors of another implementation: every parameter of ours."""
@@ -281,8 +273,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, 'save', full)
     refuses('No space left', save_checkpoint, path, build(CFG), tok, step=2)
     assert load_checkpoint(path)[1]['step'] == 1
-WORDS = ['a small red cat sits on a red mat', 'the cat sat, the mat sat',
-         'two cats and 12 hats, naïve café 😀']
+WORDS = ['a small red cat sits on a red mat', 'the cat sat, a mat sat', 'two cats, 12 hats, café 😀']
 @pytest.mark.parametrize('name', ['bytes', 'bpe'])
 def test_tokenizers_give_any_text_back_also_from_their_state(name):
     tok, rng = Tokenizer.make(name, WORDS * 2, 300), random.Random(0)
@@ -314,9 +305,7 @@ def test_streamed_text_never_breaks_a_character():
     assert ''.join(pieces) == 'é😀!' and '�' not in ''.join(pieces) and '' in pieces
     assert tok.decode(tok.encode('😀')[:2]) == '�' and tok.decode([99999]) == ''
 def test_gpt2_tokenizer_offline_says_what_to_do(monkeypatch):
-    def offline(name):
-        raise ConnectionError('no route')
-    monkeypatch.setattr(vlm.tiktoken, 'get_encoding', offline)
+    monkeypatch.setattr(vlm.tiktoken, 'get_encoding', lambda name: 1 / 0)
     refuses('--tokenizer=bpe', Tokenizer.make, 'gpt2')
 def test_every_kind_of_image_becomes_upright_8_bit_rgb():
     """A picture with a white top and a black bottom half, in many modes; 16 bits are scaled, not clipped."""
@@ -536,6 +525,16 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path):
     assert all(torch.equal(whole[k], again[k]) for k in whole)
     other = run('train.py', *SMALL, '--max_iters=6', '--seed=2', '--out_dir=a', cwd=tmp_path)
     assert other.returncode == 1 and 'seed=1337' in other.stderr and other.stderr.count('\n') == 1
+def test_two_processes_lose_what_one_does(tmp_path):
+    """The eye is frozen here: batch norm learns from the images of its own process alone."""
+    options = [*SMALL, '--max_iters=4', '--freeze=vision']
+    assert run('train.py', *options, cwd=tmp_path).returncode == 0
+    both = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    done = subprocess.run([*both, HERE / 'train.py', *options, '--out_dir=two'], cwd=tmp_path, timeout=200,
+                          env={**ENV, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0
+    one, two = (torch.tensor([*map(float, losses(tmp_path / name))]) for name in ('out', 'two'))
+    close(one, two, 2e-4)
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp('trained')
@@ -592,8 +591,9 @@ def test_sample_answers_ranks_and_goes_on_past_a_bad_picture(tmp_path):
     save_checkpoint(f'{tmp_path}/out/ckpt.pt', build(cfg), tok)
     Image.new('RGB', (50, 40), 'red').save(f'{tmp_path}/red.png')
     write(tmp_path / 'bad.png', 'x')
-    alone = run('sample.py', '--max_new_tokens=3', cwd=tmp_path)
+    alone = run('sample.py', '--max_new_tokens=3', '--attention=look.png', cwd=tmp_path)
     assert alone.returncode == 0 and (tmp_path / 'out/drawn.png').exists() and 'tokens/s' in alone.stdout
+    assert Image.open(f'{tmp_path}/look.png').height == 185
     both = run('sample.py', '--image=bad.png,red.png', '--prompt=what?', '--choices=red,blue', cwd=tmp_path)
     assert both.returncode == 1 and 'bad.png' in both.stderr and both.stderr.count('\n') == 1
     shares = [float(x) for x in re.findall(r'([\d.]+)%  (?:red|blue)', both.stdout)]
