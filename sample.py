@@ -17,7 +17,7 @@ init_from = ''                   # another checkpoint than that: its path
 image = ''                       # a file, several with commas, a folder or a pattern; '' = draw a scene
 prompt = ''                      # a question; '' = describe the image
 choices = ''                     # answers with commas: says how likely each is; '' = let the model say
-attention = ''                   # a picture to draw: where the model looked for each word; '' = none
+attention = ''                   # a picture to draw: where it looked for each word (not of --choices)
 num_samples = 1                  # > 0; answers for each image
 max_new_tokens = 100             # > 0; longest answer
 temperature = 0.0                # >= 0; 0 = always the likeliest token, 1 = as the model has it
@@ -90,17 +90,17 @@ def answer(pixels, ids):
     return [row[0] for row in tokens]
 
 def draw_attention(path, pixels, ids, said):
-    """Saves for each word the image, dark where the decoder, on average of its heads, did not look then."""
+    """Saves a tile per word: the image, bright where attention (mean of heads and layers) went, else dark."""
     if model.cfg.projection == 'perceiver':
         raise UserError('--attention: the tokens of a Perceiver resampler have no place in the image')
-    looks, ids = [block.attn for block in model.decoder.blocks], torch.cat([ids, ids.new_tensor(said)])
-    for look in looks:
-        look.maps = []
+    attns, ids = [block.attn for block in model.decoder.blocks], torch.cat([ids, ids.new_tensor(said)])
+    for attn in attns:
+        attn.maps = []
     _, N = model.hidden(model.see(pixels), ids[None])
-    maps = torch.stack([look.maps[0][0].float().mean(0) for look in looks]).mean(0)      # (L,H,S,S) -> (S,S)
+    maps = torch.stack([attn.maps[0][0].float().mean(0) for attn in attns]).mean(0)      # (L,H,S,S) -> (S,S)
     words = []
-    for look in looks:
-        look.maps = None
+    for attn in attns:
+        attn.maps = None
     for token, row in zip(said, maps[N + len(ids) - len(said) - 1:]):    # the state before chose the token
         piece = tok.decode([token])
         words += [['', 0]] if not words or piece.startswith(' ') else []

@@ -18,7 +18,7 @@ init_from = 'scratch'            # 'scratch' or 'resume': from out_dir/ckpt.pt, 
 eval_interval = 1000             # > 0; steps between evaluations, each of which saves
 log_interval = 50                # > 0; steps between lines of the log
 eval_iters = 20                  # > 0; held-out batches for the validation loss
-eval_samples = 200               # >= 0; held-out items answered in words, 0 = none; after shapes 16 times
+eval_samples = 200               # >= 0; held-out items answered in words, 0 = none; last on shapes: 16 times
 eval_only = False                # true: with init_from=resume, evaluate and stop
 overwrite = False                # true: may replace a checkpoint of a run with other settings
 dataset = 'shapes'               # 'shapes', a caption file (.csv .txt .jsonl .json), a folder of classes ...
@@ -36,7 +36,7 @@ vocab_size = 0                   # >= 0; most tokens for bpe to learn, 0 = the p
 image_size = 0                   # >= 0; pixels a side, 0 = the preset's
 block_size = 0                   # >= 0; tokens in a sequence with the image, 0 = the preset's
 projection = ''                  # '', 'linear', 'mlp', 'pixel_shuffle' or 'perceiver'; '' = the preset's
-dropout = -1.0                   # >= -1 and < 1; in eye and mouth, -1 = the preset's
+dropout = -1.0                   # >= -1 and < 1; in encoder and decoder, -1 = the preset's
 optimizer = 'muon'               # 'muon' (hidden matrices, the rest AdamW) or 'adamw'
 balance = 0.5                    # >= 0 and <= 1; 0: each token weighs the same, 1: each answer, however long
 contrastive = 0.0                # >= 0; weight of SigLIP's loss: which text belongs to which image
@@ -46,7 +46,7 @@ max_iters = 1200                 # >= 0; steps
 weight_decay = 0.25              # >= 0; on matrices only
 beta1 = 0.9                      # >= 0 and < 1; of AdamW
 beta2 = 0.95                     # >= 0 and < 1; of AdamW
-grad_clip = 1.0                  # >= 0; longest gradient, 0 = any
+grad_clip = 1.0                  # >= 0; maximum norm of the gradient, 0 = no clipping
 freeze = ''                      # parts that do not learn, of vision, projection and decoder; '' = none
 lr_scale = ''                    # factors on the rates of parts, as vision=0.1,decoder=0.1; '' = none
 decay_lr = True                  # false: the learning rate stays as it is after the warm-up
@@ -122,9 +122,9 @@ if init_from == 'scratch':
         raise UserError(f'{path} is of a run with {k}={old[k]}: take another --out_dir, or --overwrite')
     cfg, checkpoint = PRESETS[preset], {'step': 0}
     tok = Tokenizer.make(tokenizer or cfg.tokenizer, train_set.texts, vocab_size or cfg.vocab_size)
-    eye, text = (replace(c, dropout=c.dropout if dropout < 0 else dropout) for c in (cfg.vision, cfg.text))
+    vit, text = (replace(c, dropout=c.dropout if dropout < 0 else dropout) for c in (cfg.vision, cfg.text))
     own = {k: settings[k] for k in ('image_size', 'block_size', 'projection') if settings[k]}
-    model = MinimalVLM(replace(cfg, vision=eye, text=text, vocab_size=tok.n_vocab, tokenizer=tok.name, **own))
+    model = MinimalVLM(replace(cfg, vision=vit, text=text, vocab_size=tok.n_vocab, tokenizer=tok.name, **own))
 tok = checkpoint['tokenizer'] if init_from == 'resume' else tok
 model.to(device, memory_format=torch.channels_last)
 model.vision.grad_checkpointing = model.decoder.grad_checkpointing = grad_checkpointing

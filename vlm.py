@@ -8,10 +8,10 @@
                    | LanguageDecoder: each token looks at itself and at what is before it
     logits over the vocabulary -> sample_top_p -> the next token, again and again: "red"
 
-Contents: 1 config, 2 building blocks, 3 the eye, 4 the joint, 5 the mouth, 6 the model, 7 sampling,
-8 checkpoints, 9 text and pixels, 10 data, 11 command line. One Attention, one MLP and one Block serve eye and
-mouth: ViT, SigLIP, GPT-2 and SmolLM2 differ only in a TransformerConfig. Left out: beams, tiles, chats.
-Letters in shapes: B batch, T text tokens, N visual tokens, S tokens in a sequence, C channels, H heads,
+Contents: 1 config, 2 building blocks, 3 vision encoder, 4 projection, 5 language decoder, 6 the model,
+7 sampling, 8 checkpoints, 9 text and pixels, 10 data, 11 command line. One Attention, one MLP and one Block
+serve both stacks: ViT, SigLIP, GPT-2 and SmolLM2 differ only in a TransformerConfig. Left out: beams, tiles.
+Letters: B batch, T text tokens or queries, N visual tokens, S sequence or keys, C channels, H heads,
 K key/value heads, D channels a head, V vocabulary.
 Papers (arXiv): ViT 2010.11929, SigLIP 2303.15343, LLaVA 2304.08485, Perceiver resampler 2204.14198, GPT-2
 (Radford 2019), Llama 2302.13971, RoPE 2104.09864, grouped queries 2305.13245, SwiGLU 2002.05202.
@@ -42,7 +42,7 @@ def explained(message):
 # 1. Config --------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class TransformerConfig:
-    """One stack of blocks, the eye's or the mouth's."""
+    """One stack of blocks, the vision encoder's or the decoder's."""
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -62,7 +62,7 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class VLMConfig:
-    """Eye, mouth and the joint between them, and how the model wants its pixels and its prompts."""
+    """Vision encoder, projection, decoder, and how the model wants its pixels and its prompts."""
     vision: TransformerConfig = TransformerConfig()
     text: TransformerConfig = TransformerConfig()
     encoder: str = 'vit'             # 'vit', 'resnet18' or 'resnet50'
@@ -76,7 +76,7 @@ class VLMConfig:
     projection: str = 'mlp'          # 'linear', 'mlp', 'pixel_shuffle' or 'perceiver'
     projection_hidden: int = 2048    # 'mlp': its width
     projection_bias: bool = True
-    shuffle_factor: int = 2          # 'pixel_shuffle': so many squared cells become one visual token
+    shuffle_factor: int = 2          # 'pixel_shuffle': f x f cells become one visual token (space to depth)
     n_latents: int = 32              # 'perceiver': visual tokens it returns
     input_norm: bool = False         # normalise what enters the decoder: images and words on one scale
     vocab_size: int = 50257
@@ -129,7 +129,7 @@ def rotate(x, rope):
 
 def attend(q, k, v, mask=None):
     """softmax(QK^T / sqrt(D)) V, spelled out: F.scaled_dot_product_attention, with the map that it hides.
-    q (B,H,T,D), k and v (B,H,S,D), mask True where a query may look -> y (B,H,T,D), att (B,H,T,S)."""
+    q (B,H,T,D), k and v (B,H,S,D), mask True where a query may attend -> y (B,H,T,D), att (B,H,T,S)."""
     att = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))        # (B,H,T,D) x (B,H,D,S) -> (B,H,T,S)
     if mask is not None:
         att = att.masked_fill(~mask, float('-inf'))
@@ -147,8 +147,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
 
     def forward(self, x, context=None, mask=None, rope=None, cache=None):
-        """x (B,T,C) asks, context (B,S,C) or x itself answers; mask: see attend. Returns (B,T,C). cache: keys
-        and values (2,B,K,length,D) and how many are known; those of x are added, and all are looked at."""
+        """x (B,T,C) makes the queries, context (B,S,C) or x the keys and values; mask: see attend. -> (B,T,C)
+        cache: (buffer (2,B,K,length,D), known): x's own go in at known, and x attends to all up to there."""
         B, T, C = x.shape
         context, D, groups = x if context is None else context, self.head_dim, self.n_head // self.n_kv_head
         q = self.q(x).unflatten(-1, (-1, D)).transpose(1, 2)                                   # (B,H,T,D)
@@ -156,9 +156,9 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
-            kv, start = cache
-            kv[0, :, :, start:start + T], kv[1, :, :, start:start + T] = k, v
-            k, v = kv[:, :, :, :start + T]
+            kv, known = cache
+            kv[0, :, :, known:known + T], kv[1, :, :, known:known + T] = k, v
+            k, v = kv[:, :, :, :known + T]
         # is_causal lines up the first query with the first key: right for a whole sequence, not on a cache
         causal = self.causal and mask is None
         # backward in bf16, PyTorch's fused kernel for CPUs takes seven times as long as the spelled-out lines
@@ -172,7 +172,7 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 class MLP(nn.Module):
-    """Two linear maps with a bend between; in SwiGLU one half of the first, bent, gates the other."""
+    """Linear, activation, linear; in SwiGLU one half of the first, activated, gates the other."""
     def __init__(self, cfg):
         super().__init__()
         self.activation, hidden = cfg.activation, cfg.n_hidden or 4 * cfg.n_embd
@@ -193,30 +193,30 @@ class Block(nn.Module):
         self.norm1, self.attn = make_norm(cfg), Attention(cfg, causal)
         self.norm2, self.mlp, self.drop = make_norm(cfg), MLP(cfg), nn.Dropout(cfg.dropout)
 
-    def forward(self, x, **look):
-        x = x + self.drop(self.attn(self.norm1(x), **look))
+    def forward(self, x, **options):
+        x = x + self.drop(self.attn(self.norm1(x), **options))
         return x + self.drop(self.mlp(self.norm2(x)))
 
 class Transformer(nn.Module):
-    """Blocks and a last norm: what eye, resampler and mouth have in common."""
+    """Blocks and a last norm: what vision encoder, resampler and decoder have in common."""
     def __init__(self, cfg, causal=False):
         super().__init__()
         self.blocks = nn.ModuleList(Block(cfg, causal) for _ in range(cfg.n_layer))
         self.norm, self.drop = make_norm(cfg), nn.Dropout(cfg.dropout)
         self.grad_checkpointing = False  # keep what enters each block, compute the rest again going backward
 
-    def run(self, x, cache=None, **look):
+    def run(self, x, cache=None, **options):
         x = self.drop(x)
         for i, block in enumerate(self.blocks):
             if self.grad_checkpointing and self.training:
-                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, **look)
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, **options)
             else:
-                x = block(x, cache=cache and (cache[0][i], cache[1]), **look)
+                x = block(x, cache=cache and (cache[0][i], cache[1]), **options)
         return self.norm(x)
 
-# 3. The eye -------------------------------------------------------------------------------------------------
+# 3. Vision encoder ------------------------------------------------------------------------------------------
 def conv_stem(width, patch_size):
-    """(B,3,h,w) -> (B,width,h/p,w/p), p 4, 8, 16 or 32. Max-pooling keeps the edges that averages blur."""
+    """(B,3,h,w) -> (B,width,h/p,w/p), p 4 to 32: log2(p) + 1 convolutions. Max-pooling keeps edges sharp."""
     widths = [width // 4, width // 4, width // 4, width // 2, width][-int(math.log2(patch_size)):]
     layers = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.GELU()]
     for a, b in zip(widths, widths[1:]):
@@ -249,18 +249,18 @@ class ResNetEncoder(nn.Sequential):
     def forward(self, images):
         return super().forward(images).flatten(2).transpose(1, 2)
 
-# 4. The joint -----------------------------------------------------------------------------------------------
+# 4. Projection ----------------------------------------------------------------------------------------------
 class MultimodalProjection(nn.Module):
-    """The eye's features as tokens of the decoder's width: (B,grid*grid,width) -> (B,N,C)."""
+    """The encoder's features as tokens of the decoder's width: (B,grid*grid,width) -> (B,N,C)."""
     def __init__(self, cfg, width):
         super().__init__()
         self.grid, self.factor, bias = cfg.grid, cfg.factor, cfg.projection_bias
-        eye, mouth, hidden = width * self.factor ** 2, cfg.text.n_embd, cfg.projection_hidden
-        self.proj, self.resampler = nn.Linear(eye, mouth, bias=bias), None
+        d_in, d_out, inner = width * self.factor ** 2, cfg.text.n_embd, cfg.projection_hidden
+        self.proj, self.resampler = nn.Linear(d_in, d_out, bias=bias), None
         if cfg.projection == 'mlp':              # LLaVA 1.5
-            self.proj = nn.Sequential(nn.Linear(eye, hidden, bias), nn.GELU(), nn.Linear(hidden, mouth, bias))
+            self.proj = nn.Sequential(nn.Linear(d_in, inner, bias), nn.GELU(), nn.Linear(inner, d_out, bias))
         if cfg.projection == 'perceiver':        # Flamingo: a few learned queries look at the features
-            self.latents, self.norm = nn.Parameter(torch.zeros(cfg.n_latents, mouth)), make_norm(cfg.text)
+            self.latents, self.norm = nn.Parameter(torch.zeros(cfg.n_latents, d_out)), make_norm(cfg.text)
             self.resampler = Transformer(replace(cfg.text, n_layer=2))
 
     def forward(self, x):
@@ -271,7 +271,7 @@ class MultimodalProjection(nn.Module):
             x = self.resampler.run(self.latents.expand(len(x), -1, -1), context=self.norm(x))
         return x
 
-# 5. The mouth -----------------------------------------------------------------------------------------------
+# 5. Language decoder ----------------------------------------------------------------------------------------
 class LanguageDecoder(Transformer):
     """GPT-2 or Llama, by config alone. It takes embeddings, not ids: an image has no ids."""
     def __init__(self, cfg):
@@ -279,7 +279,7 @@ class LanguageDecoder(Transformer):
         C, self.learned = cfg.text.n_embd, cfg.text.position == 'learned'
         self.embedding, self.head = nn.Embedding(cfg.vocab_size, C), nn.Linear(C, cfg.vocab_size, bias=False)
         self.head.weight = self.embedding.weight                 # tied
-        self.scale = nn.LayerNorm(C, elementwise_affine=False) if cfg.input_norm else nn.Identity()
+        self.norm_in = nn.LayerNorm(C, elementwise_affine=False) if cfg.input_norm else nn.Identity()
         rope = rope_table(cfg.block_size, C // cfg.text.n_head, cfg.text.rope_base)
         self.position = nn.Parameter(torch.zeros(cfg.block_size, C)) if self.learned else None
         self.register_buffer('rope', None if self.learned else rope, persistent=False)
@@ -301,12 +301,12 @@ class MinimalVLM(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """GPT-2's: deviation 0.02, less for what writes to the residual stream, the deeper the stack."""
+        """As GPT-2: std 0.02, less for what writes to the residual stream; convolutions keep PyTorch's."""
         depth = {'vision': self.cfg.vision.n_layer, 'projection': 2, 'decoder': self.cfg.text.n_layer}
         for name, p in self.named_parameters():
             if name.endswith(('attn.out.weight', 'mlp.down.weight')):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * depth[name.split('.')[0]]))
-            elif p.dim() == 2:           # where inputs are normalised, positions must be heard beside them
+            elif p.dim() == 2:           # beside inputs of std 1 (input_norm) positions of 0.02 would drown
                 nn.init.normal_(p, std=0.5 if name == 'decoder.position' and self.cfg.input_norm else 0.02)
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
@@ -319,13 +319,13 @@ class MinimalVLM(nn.Module):
         assert images.shape[1:] == (3, size, size), f"{images.shape} is not image_transform's {size} x {size}"
         if images.dtype == torch.uint8:
             images = v2.functional.normalize(images.float() / 255, self.cfg.image_mean, self.cfg.image_std)
-        return self.decoder.scale(self.projection(self.vision(images.to(self.decoder.head.weight.dtype))))
+        return self.decoder.norm_in(self.projection(self.vision(images.to(self.decoder.head.weight.dtype))))
 
-    read = lambda self, ids: self.decoder.scale(self.decoder.embedding(ids))     # (...,T) -> (...,T,C)
+    read = lambda self, ids: self.decoder.norm_in(self.decoder.embedding(ids))     # (...,T) -> (...,T,C)
 
     def hidden(self, visual, input_ids, start=None):
-        """Decoder states (B,N+T,C) over visual tokens (B,N,C), (1,N,C) for all rows, and texts (B,T); and N.
-        start (B,T): where in its row the text of a token begins, which sees no other text of the row."""
+        """Hidden states (B,N+T,C) of visual tokens (B,N,C), (1,N,C) for all rows, then texts (B,T); and N.
+        start (B,T): the column where a token's own text begins; it attends to the image and that text."""
         x, N = torch.cat([visual.expand(len(input_ids), -1, -1), self.read(input_ids)], 1), visual.size(1)
         steps, mask, longest = torch.arange(x.size(1), device=x.device), None, self.cfg.block_size
         if start is not None:
@@ -337,32 +337,32 @@ class MinimalVLM(nn.Module):
         return self.decoder(x, steps, mask), N
 
     def forward(self, images, input_ids, targets=None, start=None, weight=None, return_logits=True, siglip=0):
-        """Reads images (see see()) and known texts, input_ids (B,T) or (T,); targets: these, or -100; start:
-        see hidden(). Returns logits (B,T,V) or None, row t about what follows text token t, and the loss in
-        nats a scored token or None, in which each has a weight (B,T), and contrast() the weight siglip."""
+        """images: see see(); input_ids (B,T) or (T,); targets: the same ids, unshifted, or -100 for no loss;
+        start: see hidden(). Returns logits (B,T,V), row t predicting token t+1, or None; and the loss, nats
+        a scored token, each weighed by weight (B,T), plus siglip * siglip_loss(); None without targets."""
         visual, loss = self.see(images), None
         h, N = self.hidden(visual, torch.atleast_2d(input_ids), start)
         if targets is not None:
-            # the one shift: the state before a token predicts it; before a text that is the image's last
+            # the one shift: state N+t-1 predicts token t, but the last visual token's a text's first token
             targets, t = targets.view(len(h), -1), torch.arange(h.size(1) - N, device=h.device)
             before = torch.where(t > (0 if start is None else start), t, 0) + N - 1     # (T,) or (B,T)
-            scored = (targets != -100) & (before >= 0)   # (B,T); no other state meets the head, which is wide
+            scored = (targets != -100) & (before >= 0)   # (B,T); only these states meet the wide head
             before = before + h.size(1) * torch.arange(len(h), device=h.device)[:, None]   # in all rows
             states = h.flatten(0, 1).index_select(0, before[scored])
             nats = F.cross_entropy(self.decoder.head(states).float(), targets[scored], reduction='none')
             loss = nats.mean() if weight is None else (nats * weight[scored]).sum() / weight[scored].sum()
             if siglip:
-                loss = loss + siglip * self.contrast(visual, input_ids, targets, start)
+                loss = loss + siglip * self.siglip_loss(visual, input_ids, targets, start)
         return (self.decoder.head(h[:, N:]) if return_logits else None), loss
 
-    def contrast(self, visual, input_ids, targets, start):
-        """SigLIP's loss, nats a text: which texts (B,T), read without images, are about which image (B,N,C)?
-        Both are pooled by their mean and compared by cosine, at the scale and bias where SigLIP starts."""
+    def siglip_loss(self, visual, input_ids, targets, start):
+        """Which texts (B,T), read without images, are about which image (B,N,C)? Nats a text. The cosine of
+        both mean states is scaled by 10 and biased by -10, where SigLIP starts; here both stay fixed."""
         (B, T), (h, _) = input_ids.shape, self.hidden(self.see(None), input_ids, start)         # (B,T,C)
         rows, scored = torch.arange(B, device=h.device), targets != -100
         texts, text = (rows[:, None] * T + start)[scored].unique(return_inverse=True)   # known by first token
-        words = h.new_zeros(len(texts), h.size(-1)).index_add(0, text, h[scored])       # (texts,C)
-        cosine = F.normalize(words, dim=-1) @ F.normalize(visual.mean(1), dim=-1).T     # (texts,B)
+        pooled = h.new_zeros(len(texts), h.size(-1)).index_add(0, text, h[scored])      # sums: same cosine
+        cosine = F.normalize(pooled, dim=-1) @ F.normalize(visual.mean(1), dim=-1).T     # (texts,B)
         own = torch.where(texts[:, None] // T == rows, 1, -1)
         return -F.logsigmoid(own * (10 * cosine.float() - 10)).sum(1).mean()
 
@@ -385,15 +385,15 @@ class MinimalVLM(nn.Module):
                 raise UserError(f'{shortest and S} tokens: at least 1, < block_size={self.cfg.block_size}')
             padding = torch.tensor([[S - len(row)] for row in rows], device=x.device)           # (B,1)
             attn, steps, kv = self.decoder.blocks[0].attn, torch.arange(end, device=x.device), None
-            if use_cache:                # the memory of all layers, taken once: (layer,2,B,K,end,D)
+            if use_cache:                # of all layers, allocated once: (layer,2,B,K,end,D)
                 kv = x.new_zeros(len(self.decoder.blocks), 2, len(x), attn.n_kv_head, end, attn.head_dim)
-            def look(x, S):              # x is the last of S tokens; padding has no position and is not seen
+            def step(x, S):              # x: the last of S; padding sees itself, or softmax gives nan
                 query, key = steps[S - x.size(1):S], steps[:S]
                 mask = (key <= query[:, None]) & (key >= padding[:, :, None]) | (key == query[:, None])
                 cache = None if kv is None else (kv, S - x.size(1))              # mask (B,T,S)
                 return self.decoder(x, (query - padding).clamp(min=0), mask[:, None], cache)
             # 2. read them, remember keys and values, and share these among the samples
-            h = look(x, S)
+            h = step(x, S)
             x, h, padding = (t.repeat_interleave(num_samples, 0) for t in (x, h, padding))
             kv = None if kv is None else kv.repeat_interleave(num_samples, 2)
             # 3. say a token, read it, and again
@@ -406,7 +406,7 @@ class MinimalVLM(nn.Module):
                 if S == end or done.all():
                     break
                 x = self.read(token) if use_cache else torch.cat([x, self.read(token)], dim=1)
-                h = look(x, S)
+                h = step(x, S)
 
     def generate(self, images, prompt_ids, stop=-1, num_samples=1, **options):
         """stream(), collected: (B * num_samples, T+new) ids; for a list of prompts a list of (T_i+new_i,), in
@@ -513,7 +513,7 @@ def learn_bpe(texts, size):
     for i in range(len(words)):
         tally(i, 1)
     while len(ranks) < size and pairs and pairs[best := max(pairs, key=pairs.get)] > 1:
-        ranks.setdefault(''.join(best), len(ranks))
+        ranks.setdefault(''.join(best), len(ranks))      # two pairs may spell the same token
         for i in where.pop(best):
             tally(i, -1)
             merged = []
@@ -564,7 +564,7 @@ def encode_prompt(tokenizer, cfg, prompt):
 def collate(items, cfg, tokenizer, transform):
     """Items (image, prompt, answer) -> images (B,3,H,W), input_ids and targets (B,T), -100 where nothing is
     scored: on prompts, and on the padding to the right, which causality hides. Neighbours with the same image
-    share its row; then a fourth tensor, start (B,T), tells where in it the text of each token begins."""
+    share its row; then a fourth tensor, start (B,T), has the column where each token's text begins."""
     room, images, rows = cfg.block_size - cfg.n_visual, [], []
     for _, texts in itertools.groupby(items, lambda item: id(item[0])):
         ids, targets, start = [], [], []
@@ -595,7 +595,7 @@ QUESTIONS = ('count', 'side', 'exists', 'color', 'count', 'side', 'exists', 'sha
 
 class Shapes(torch.utils.data.Dataset):
     """Scenes drawn from (seed, split, index) alone, with captions and questions. 'train' and 'val' have no
-    UNSEEN pair in picture or words, 'novel' no other. kind: 'mixed', 'caption', 'question', or a QUESTION."""
+    UNSEEN pair in picture or words, 'novel' only such. kind: 'mixed', 'caption', 'question', a QUESTION."""
     def __init__(self, split, seed=0, kind='mixed', pixels=128):
         self.split, self.seed, self.kind, self.pixels = split, seed, kind, pixels
         pairs = (f'{color} {shape}' for color in COLORS for shape in SHAPES)
@@ -682,13 +682,13 @@ def read_captions(path):
                     for talk in data for q, a in zip(talk['conversations'][::2], talk['conversations'][1::2])]
     for n, row in enumerate(rows, 1):
         image, prompt, text = row.get('image'), row.get('prompt', ''), row.get('caption') or row.get('answer')
-        if not image or not text or ('caption' not in row and not prompt):
+        if not image or not text or None in row or ('caption' not in row and not prompt):
             raise UserError(f'{path}, row {n}: wanted image and caption or image, prompt, answer; {[*row]}')
         yield str(image), str(prompt).strip(), str(text).strip()
 
 class CaptionedImages(torch.utils.data.Dataset):
-    """Items (PIL image, prompt, answer) from rows (image name, prompt, answer): a block of bytes that workers
-    share. An image that cannot be read is named once, counted in bad, and the next one taken in its place."""
+    """Items (PIL image, prompt, answer) from rows (image name, prompt, answer), kept as a block of bytes that
+    forked workers share. An unreadable image is named once and marked bad; the next one stands in."""
     def __init__(self, rows, folder, source, size=0):
         self.folder, self.source, self.size, rows = folder, source, size, sorted(rows, key=lambda row: row[0])
         counts = Counter(name for name, _, _ in rows)
