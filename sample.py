@@ -47,7 +47,7 @@ tok, transform = checkpoint['tokenizer'], image_transform(model.cfg)
 def pictures():
     """The paths that --image means; without it a scene is drawn into out_dir."""
     if not image:
-        path = os.path.join(out_dir, 'drawn.png')
+        path = os.path.join(os.path.dirname(init_from) if init_from else out_dir, 'drawn.png')
         Shapes('val', seed, 'caption', pixels=512)[0][0].save(path)
         return [path]
     paths = []
@@ -87,7 +87,7 @@ def answer(pixels, ids):
             print('-', tok.decode(row).strip())
     rate = (len(times) - 1) * num_samples / (times[-1] - times[0]) if len(times) > 1 else 0
     print(f'[first token after {times[0] * 1e3:.0f} ms, then {rate:.0f} tokens/s]')
-    return [row[0] for row in tokens]
+    return [row[0] for row in tokens if row[0] != tok.eos]
 
 def draw_attention(path, pixels, ids, said):
     """Saves a tile per word: the image, bright where attention (mean of heads and layers) went, else dark."""
@@ -111,7 +111,7 @@ def draw_attention(path, pixels, ids, said):
         x, y, mask = i % 8 * 170, i // 8 * 185, to_pil_image(resize(row / row.max(), [160, 160]).clamp(0, 1))
         page.paste(Image.composite(bright, bright.point(lambda v: v // 4), mask), (x, y))
         ImageDraw.Draw(page).text((x, y + 162), word.strip(), 'black', font_size=15)
-    page.save(path)
+    page.save(path if os.path.splitext(path)[1] else f'{path}.png')
 
 failed, paths = 0, pictures()
 for number, path in enumerate(paths):
@@ -123,7 +123,7 @@ for number, path in enumerate(paths):
         continue
     print(f'{path}: {prompt}' if prompt else path)
     ids = torch.tensor(encode_prompt(tok, model.cfg, prompt), dtype=torch.long, device=device)
-    said = rank(pixels, ids) if choices else answer(pixels, ids)
+    said = rank(pixels, ids) if choices.strip(', ') else answer(pixels, ids)
     if attention and said:
         name, kind = os.path.splitext(attention)
         draw_attention(attention if len(paths) == 1 else f'{name}-{number}{kind}', pixels, ids, said)

@@ -7,6 +7,7 @@
 """
 import collections, contextlib, functools, math, os, re, signal, textwrap, time
 from dataclasses import replace
+os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '256')      # else a CPU's kernels fill GiBs
 import torch, torch.distributed as dist
 from PIL import Image, ImageDraw
 from vlm import (PRESETS, MinimalVLM, Shapes, Tokenizer, UserError, collate, encode_prompt, image_transform,
@@ -64,6 +65,9 @@ if init_from == 'resume':        # that run's settings, then again the command l
     model, checkpoint = load_checkpoint(f'{out_dir}/ckpt.pt')
     globals().update(checkpoint['settings'], out_dir=out_dir, init_from=init_from, eval_only=eval_only)
     override(globals())
+    model_settings = 'preset tokenizer vocab_size image_size block_size projection dropout'.split()
+    for k in (k for k in model_settings if globals()[k] != checkpoint['settings'][k]):
+        raise UserError(f'{k}={globals()[k]}: a resumed run keeps its model, of {checkpoint["settings"][k]}')
 settings = {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, str))}
 path, world, rank = f'{out_dir}/ckpt.pt', int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
 say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
@@ -71,10 +75,9 @@ found = getattr(torch.accelerator.current_accelerator(check_available=True), 'ty
 device, kind = (found, found) if device == 'auto' else (device, device.split(':')[0])
 if kind not in ('cpu', found):
     raise UserError(f'device={device}, but PyTorch finds none here: --device=cpu, or leave it out')
-if batch_size % world:
-    raise UserError(f'batch_size={batch_size} must be a multiple of the {world} processes')
+device = f'cuda:{os.environ.get("LOCAL_RANK", device[5:] or 0)}' if kind == 'cuda' else device
+torch.cuda.set_device(device) if kind == 'cuda' else None
 if world > 1:
-    device = f'cuda:{os.environ["LOCAL_RANK"]}' if kind == 'cuda' else device
     dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
 sum_over_processes = dist.all_reduce if world > 1 else lambda tensor: None
 if dtype == 'auto':              # on CPUs with matrix units for bf16 twice as fast as fp32, on others slow
@@ -95,30 +98,30 @@ def load(items, first=0, augment=False):
     transform = image_transform(model.cfg, augment)
     order = functools.lru_cache(2)(lambda epoch: torch.randperm(
         items.n_images, generator=torch.Generator().manual_seed(seed + epoch)))
-
     def make(n):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + n)          # of the choice of texts and the augmentation
+            torch.manual_seed((seed + n) * world + rank)         # of choice of texts and augmentation
             groups = [items.several(int(order(i // items.n_images)[i % items.n_images]), texts_per_image)
                       for i in range(n * batch_size + rank, (n + 1) * batch_size, world)]
             images, ids, targets, *start = collate(sum(groups, []), model.cfg, tok, transform)
-        start, scored = start[0] if start else torch.zeros_like(ids), (targets != -100).float()
-        count = torch.zeros(ids.shape).scatter_add(1, start, scored).gather(1, start)    # in a token's text
-        return show(images), ids, targets, start, scored * count.clamp(min=1) ** -balance
+        first, scored = start[0] if start else torch.zeros_like(ids), (targets != -100).float()
+        count = torch.zeros(ids.shape).scatter_add(1, first, scored).gather(1, first)    # in a token's text
+        return show(images), ids, targets, first if start else None, scored * count.clamp(min=1) ** -balance
 
     many = 0 if kind == 'cpu' and dataset == 'shapes' else min(8, os.cpu_count())    # to draw costs little
-    workers = (num_workers if num_workers >= 0 else many) * hasattr(os, 'fork')
+    workers = (num_workers if num_workers >= 0 else many) * (hasattr(os, 'fork') and kind != 'mps')
     batches = torch.utils.data.DataLoader(
         range(first, 10 ** 9), batch_size=None, collate_fn=make, generator=torch.Generator(),
         num_workers=workers, multiprocessing_context='fork' if workers else None, pin_memory=kind == 'cuda')
     for images, *rest in batches:        # in channels_last convolutions are faster
         images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-        yield images, *(x.to(device, non_blocking=True) for x in rest)
+        yield images, *(x if x is None else x.to(device, non_blocking=True) for x in rest)
 
 # model and optimizer ----------------------------------------------------------------------------------------
 if init_from == 'scratch':
     old = {} if overwrite or not os.path.exists(path) else load_checkpoint(path)[1]['settings']
-    for k in (k for k in old if k not in ('out_dir', 'overwrite') and old[k] != settings.get(k)):
+    same = ('out_dir', 'overwrite', 'init_from', 'eval_only')
+    for k in (k for k in old if k not in same and old[k] != settings.get(k)):
         raise UserError(f'{path} is of a run with {k}={old[k]}: take another --out_dir, or --overwrite')
     cfg, checkpoint = PRESETS[preset], {'step': 0}
     tok = Tokenizer.make(tokenizer or cfg.tokenizer, train_set.texts, vocab_size or cfg.vocab_size)
@@ -130,8 +133,7 @@ model.to(device, memory_format=torch.channels_last)
 model.vision.grad_checkpointing = model.decoder.grad_checkpointing = grad_checkpointing
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with each matrix's step made orthogonal, so that rare directions count like common ones
-    (Keller Jordan 2024). A convolution is a matrix, too: (output, all else). A group has one shape."""
+    """Momentum, each matrix's step made orthogonal (Keller Jordan 2024); a convolution is (out, all else)."""
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -157,7 +159,7 @@ if (','.join(frozen), ','.join(map('='.join, scales.items()))) != (freeze, lr_sc
 muon, adamw = {}, {}             # AdamW: embeddings, the first convolution, norms and biases, or everything
 for name, p in model.named_parameters():
     part, scale = name.split('.')[0], float(scales.get(name.split('.')[0], 1))
-    hidden = p.dim() > 1 and not re.search('embedding|position|stem.0|latents|class_token', name)
+    hidden = p.dim() > 1 and not re.search('embedding|position|stem.[0w]|latents|class_token', name)
     groups, rate = (muon, muon_lr) if hidden and optimizer == 'muon' else (adamw, learning_rate)
     group = dict(params=[], full_lr=rate * scale, weight_decay=weight_decay * hidden)
     if p.requires_grad_(part not in frozen).requires_grad:
@@ -171,14 +173,14 @@ net = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
 # evaluation -------------------------------------------------------------------------------------------------
 def answers(items, n):
     """The model's greedy answers to n items, always the same: (image, prompt, truth, answer) each."""
-    transform = image_transform(model.cfg)
+    transform, room = image_transform(model.cfg), (model.cfg.block_size - model.cfg.n_visual) // 2
     chosen = torch.randperm(len(items), generator=torch.Generator().manual_seed(0))[:n].tolist()
     for i in range(0, len(chosen), 100):
         batch = [items[j] for j in chosen[i:i + 100]]
         images = show(torch.stack([transform(item[0]) for item in batch])).to(device)
-        prompts = [torch.tensor(encode_prompt(tok, model.cfg, item[1])).long().to(device) for item in batch]
-        rows = model.generate(images, prompts, max_new_tokens=50, temperature=0, stop=tok.eos)
-        for item, prompt, row in zip(batch, prompts, rows):
+        asked = [torch.tensor(encode_prompt(tok, model.cfg, q)[:room]).long().to(device) for _, q, _ in batch]
+        rows = model.generate(images, asked, max_new_tokens=50, temperature=0, stop=tok.eos)
+        for item, prompt, row in zip(batch, asked, rows):
             yield *item, tok.decode(row[len(prompt):].tolist()).strip()
 
 def quiz(items, n, title):
@@ -201,8 +203,8 @@ def evaluate(last):
     own, swap, _, chars = (sums / sums[2]).tolist()
     say(f'step {step}: held-out loss {own:.4f}, with images swapped {swap:.4f}, image gain {swap - own:.4f}, '
         f'{own / chars / math.log(2):.4f} bits a character')
-    share = quiz(val_set, eval_samples, 'held-out items')
-    if last and dataset == 'shapes':
+    share = quiz(val_set, eval_samples, 'held-out items') if eval_samples else math.nan
+    if last and eval_samples and dataset == 'shapes':
         quiz(Shapes('val', seed, 'caption'), 5 * eval_samples, 'captions')
         quiz(Shapes('novel', seed, 'caption'), 5 * eval_samples, 'captions of pairs that training never drew')
         quiz(Shapes('val', seed, 'question'), 5 * eval_samples, 'questions')
@@ -219,7 +221,7 @@ def evaluate(last):
 step, end, began, stop, losses, bad = checkpoint['step'], lr_decay_iters or max_iters, time.time(), [], [], 0
 random = [torch, torch.cuda] if kind == 'cuda' else [torch]
 if step:
-    same = all(checkpoint['settings'][k] == settings[k] for k in ('optimizer', 'freeze'))
+    same = all(checkpoint['settings'][k] == settings[k] for k in ('optimizer', 'freeze', 'lr_scale'))
     for o, state in zip(optimizers, checkpoint['optimizers'] if same else []):   # else averages begin anew
         o.load_state_dict(dict(state, param_groups=o.state_dict()['param_groups']))      # at the rates of now
     scaler.load_state_dict(checkpoint['scaler'] or scaler.state_dict())
@@ -275,8 +277,7 @@ while True:
     # 5. clip and step, unless the gradient is not finite
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     bad = 0 if math.isfinite(norm) else bad + 1
-    if bad:
-        say(f'step {step}: the gradient is not finite, step left out')
+    say(f'step {step}: the gradient is not finite, step left out') if bad else None
     if bad == (5 if dtype != 'float16' else 30):     # a gradient scaler needs such steps to find its scale
         raise UserError(f'{bad} steps left out: try --dtype=float32, or lower --learning_rate and --muon_lr')
     for o in optimizers if not bad else []:
@@ -289,12 +290,11 @@ while True:
         mean, seconds = torch.stack(losses).sum() / n, (time.time() - since) / n
         sum_over_processes(mean)
         memory = f', {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB' if kind == 'cuda' else ''
-        say(f'step {step}/{max_iters}: loss {mean:.4f}, {seconds * 1e3:.0f} ms, '
-            f'{batch_size * gradient_accumulation_steps / seconds:.0f} images/s, '
-            f'{(max_iters - step) * seconds / 60:.1f} minutes left{memory}')
+        rate, left = batch_size * gradient_accumulation_steps / seconds, (max_iters - step) * seconds / 60
+        say(f'step {step}/{max_iters}: loss {mean:.4f}, {seconds * 1e3:.0f} ms, {rate:.0f} images/s, '
+            f'{left:.1f} minutes left{memory}')
         print(f'{step},{time.time() - began:.1f},{mean:.5f},,,', file=log)
         losses, since = [], time.time()
 say(f'stopped at step {step}: --init_from=resume goes on' if halt else
     f'{step} steps, {time.time() - began:.0f} s. Now: python sample.py --out_dir={out_dir}')
-if world > 1:
-    dist.destroy_process_group()
+dist.destroy_process_group() if world > 1 else None

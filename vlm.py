@@ -101,7 +101,7 @@ SCRATCH = dict(stem='conv', patch_size=8, input_norm=True, projection='pixel_shu
                tokenizer='bpe')          # what learned fastest from nothing
 slim = lambda n_layer, n_embd, **more: TransformerConfig(n_layer, n_embd // 32, n_embd, bias=False, **more)
 PRESETS = {  # of 1.4M parameters, for drawn shapes on a laptop, of 22M, 213M and 222M
-    'tiny': VLMConfig(slim(1, 128), slim(4, 128), image_size=64, vocab_size=512, block_size=80, **SCRATCH),
+    'tiny': VLMConfig(slim(1, 128), slim(4, 128), image_size=64, vocab_size=512, block_size=144, **SCRATCH),
     'small': VLMConfig(slim(4, 384, dropout=0.1), slim(6, 384, dropout=0.1), image_size=128, vocab_size=4096,
                        block_size=192, **SCRATCH),
     'base': VLMConfig(text=TransformerConfig(norm_eps=1e-5, activation='gelu_tanh'), class_token=True,
@@ -351,16 +351,15 @@ class MinimalVLM(nn.Module):
             states = h.flatten(0, 1).index_select(0, before[scored])
             nats = F.cross_entropy(self.decoder.head(states).float(), targets[scored], reduction='none')
             loss = nats.mean() if weight is None else (nats * weight[scored]).sum() / weight[scored].sum()
-            if siglip:
-                loss = loss + siglip * self.siglip_loss(visual, input_ids, targets, start)
+            loss = loss + (siglip and siglip * self.siglip_loss(visual, input_ids, targets, start))
         return (self.decoder.head(h[:, N:]) if return_logits else None), loss
 
     def siglip_loss(self, visual, input_ids, targets, start):
         """Which texts (B,T), read without images, are about which image (B,N,C)? Nats a text. The cosine of
         both mean states is scaled by 10 and biased by -10, where SigLIP starts; here both stay fixed."""
-        (B, T), (h, _) = input_ids.shape, self.hidden(self.see(None), input_ids, start)         # (B,T,C)
-        rows, scored = torch.arange(B, device=h.device), targets != -100
-        texts, text = (rows[:, None] * T + start)[scored].unique(return_inverse=True)   # known by first token
+        (B, T), (h, _) = targets.shape, self.hidden(self.see(None), input_ids.view_as(targets), start)
+        rows, scored, first = torch.arange(B, device=h.device), targets != -100, 0 if start is None else start
+        texts, text = (rows[:, None] * T + first).expand(B, T)[scored].unique(return_inverse=True)
         pooled = h.new_zeros(len(texts), h.size(-1)).index_add(0, text, h[scored])      # sums: same cosine
         cosine = F.normalize(pooled, dim=-1) @ F.normalize(visual.mean(1), dim=-1).T     # (texts,B)
         own = torch.where(texts[:, None] // T == rows, 1, -1)
@@ -462,7 +461,7 @@ def load_checkpoint(path, device='cpu'):
         model = MinimalVLM(VLMConfig(**cfg | {k: TransformerConfig(**cfg[k]) for k in ('vision', 'text')}))
         model.load_state_dict(checkpoint.pop('model'))
         checkpoint['tokenizer'] = Tokenizer(**checkpoint['tokenizer'])
-        return model.to(device), checkpoint
+    return model.to(device), checkpoint
 
 # 9. Text and pixels -----------------------------------------------------------------------------------------
 # how a text falls into pieces before the merges: SmolLM2's rule, words with their space and single digits
@@ -576,7 +575,8 @@ def collate(items, cfg, tokenizer, transform):
             targets += [-100] * len(prompt) + answer
         images.append(transform(image))
         rows.append((ids, targets, start))
-    pad = lambda rows, value: pad_sequence([torch.tensor(row) for row in rows], True, value)
+    longest = -(-max(len(ids) for ids, *_ in rows) // 16) * 16       # few shapes: a CPU keeps a kernel for each
+    pad = lambda rows, value: torch.tensor([row + [value] * (longest - len(row)) for row in rows])
     return torch.stack(images), *map(pad, [*zip(*rows)][:2 + (len(images) < len(items))], (0, -100, 0))
 
 # 10. Data ---------------------------------------------------------------------------------------------------
@@ -603,7 +603,7 @@ class Shapes(torch.utils.data.Dataset):
 
     __len__ = lambda self: 1_000_000
     n_images = property(__len__)
-    texts = property(lambda self: (' '.join(self[i][1:]) for i in range(3000)))
+    texts = property(lambda self: (' '.join(self[i][1:]).strip() for i in range(3000)))
 
     def __getitem__(self, index):
         kind = self.kind if self.kind != 'mixed' else 'question' if index % 4 else 'caption'
@@ -681,7 +681,7 @@ def read_captions(path):
             rows = [dict(image=talk['image'], prompt=q['value'].replace('<image>', ''), answer=a['value'])
                     for talk in data for q, a in zip(talk['conversations'][::2], talk['conversations'][1::2])]
     for n, row in enumerate(rows, 1):
-        image, prompt, text = row.get('image'), row.get('prompt', ''), row.get('caption') or row.get('answer')
+        image, prompt, text = row.get('image'), row.get('prompt') or '', row.get('caption', row.get('answer'))
         if not image or not text or None in row or ('caption' not in row and not prompt):
             raise UserError(f'{path}, row {n}: wanted image and caption or image, prompt, answer; {[*row]}')
         yield str(image), str(prompt).strip(), str(text).strip()
@@ -700,14 +700,14 @@ class CaptionedImages(torch.utils.data.Dataset):
 
     __len__ = lambda self: len(self.ends) - 1
     row = lambda self, index: json.loads(self.block[self.ends[index]:self.ends[index + 1]])
-    texts = property(lambda self: (' '.join(self.row(i)) for i in range(len(self))))
+    texts = property(lambda self: (' '.join(self.row(i)).strip() for i in range(len(self))))
     def __getitem__(self, index):
         image = int(torch.searchsorted(self.first, index, right=True)) - 1
         return self.several(image, 1, lambda n: [(index - int(self.first[image])) % n])[0]
 
     def several(self, index, n, choose=lambda n: torch.randperm(n).tolist()):
         """Up to n items about image number index."""
-        for i in [*range(index, self.n_images), *range(index)]:
+        for i in itertools.chain(range(index, self.n_images), range(index)):
             if not self.bad[i]:
                 first, end = self.first[i:i + 2].tolist()
                 try:
