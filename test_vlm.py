@@ -344,8 +344,8 @@ def test_awkward_files_are_read_or_refused_by_name():
 def test_a_batch_is_padded_on_the_right_and_scored_on_answers_only():
     tok, blanks = Tokenizer.make('bytes'), [Image.new('RGB', (9, 9)) for _ in range(2)]
     items = [(blanks[0], 'q?', 'yes'), (blanks[1], '', 'no')]
-    images, ids, targets = collate(items, CFG, tok, image_transform(CFG))
-    assert images.shape == (2, 3, 32, 32) and ids.tolist() == [[*b'q? yes', 256, *9 * [0]], [*b' no', 256, *12 * [0]]]
+    px, ids, targets = collate(items, CFG, tok, image_transform(CFG))
+    assert px.shape == (2, 3, 32, 32) and ids.tolist() == [[*b'q? yes', 256, *[0] * 9], [*b' no', 256, *[0] * 12]]
     assert targets.tolist() == [[-100, -100, *b' yes', 256] + 9 * [-100], [*b' no', 256] + 12 * [-100]]
 def test_texts_that_share_an_image_and_a_row_teach_what_they_teach_alone(cfg):
     """Loss and gradient of packed rows are those of a row for each text, with weights for tokens, too."""

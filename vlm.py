@@ -575,7 +575,7 @@ def collate(items, cfg, tokenizer, transform):
             targets += [-100] * len(prompt) + answer
         images.append(transform(image))
         rows.append((ids, targets, start))
-    longest = -(-max(len(ids) for ids, *_ in rows) // 16) * 16       # few shapes: a CPU keeps a kernel for each
+    longest = -(-max(len(ids) for ids, *_ in rows) // 16) * 16    # few shapes: a CPU keeps a kernel for each
     pad = lambda rows, value: torch.tensor([row + [value] * (longest - len(row)) for row in rows])
     return torch.stack(images), *map(pad, [*zip(*rows)][:2 + (len(images) < len(items))], (0, -100, 0))
 
