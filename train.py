@@ -76,7 +76,7 @@ device, kind = (found, found) if device == 'auto' else (device, device.split(':'
 if kind not in ('cpu', found):
     raise UserError(f'device={device}, but PyTorch finds none here: --device=cpu, or leave it out')
 device = f'cuda:{os.environ.get("LOCAL_RANK", device[5:] or 0)}' if kind == 'cuda' else device
-torch.cuda.set_device(device) if kind == 'cuda' else None
+if kind == 'cuda': torch.cuda.set_device(device)
 if world > 1:
     dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
 sum_over_processes = dist.all_reduce if world > 1 else lambda tensor: None
@@ -104,10 +104,9 @@ def load(items, first=0, augment=False):
             groups = [items.several(int(order(i // items.n_images)[i % items.n_images]), texts_per_image)
                       for i in range(n * batch_size + rank, (n + 1) * batch_size, world)]
             images, ids, targets, *start = collate(sum(groups, []), model.cfg, tok, transform)
-        first, scored = start[0] if start else torch.zeros_like(ids), (targets != -100).float()
-        count = torch.zeros(ids.shape).scatter_add(1, first, scored).gather(1, first)    # in a token's text
-        return show(images), ids, targets, first if start else None, scored * count.clamp(min=1) ** -balance
-
+        begin, scored = start[0] if start else torch.zeros_like(ids), (targets != -100).float()
+        count = torch.zeros(ids.shape).scatter_add(1, begin, scored).gather(1, begin)    # in a token's text
+        return show(images), ids, targets, begin if start else None, scored * count.clamp(min=1) ** -balance
     many = 0 if kind == 'cpu' and dataset == 'shapes' else min(8, os.cpu_count())    # to draw costs little
     workers = (num_workers if num_workers >= 0 else many) * (hasattr(os, 'fork') and kind != 'mps')
     batches = torch.utils.data.DataLoader(
@@ -120,8 +119,8 @@ def load(items, first=0, augment=False):
 # model and optimizer ----------------------------------------------------------------------------------------
 if init_from == 'scratch':
     old = {} if overwrite or not os.path.exists(path) else load_checkpoint(path)[1]['settings']
-    same = ('out_dir', 'overwrite', 'init_from', 'eval_only')
-    for k in (k for k in old if k not in same and old[k] != settings.get(k)):
+    may_differ = ('out_dir', 'overwrite', 'init_from', 'eval_only')
+    for k in (k for k in old if k not in may_differ and old[k] != settings.get(k)):
         raise UserError(f'{path} is of a run with {k}={old[k]}: take another --out_dir, or --overwrite')
     cfg, checkpoint = PRESETS[preset], {'step': 0}
     tok = Tokenizer.make(tokenizer or cfg.tokenizer, train_set.texts, vocab_size or cfg.vocab_size)
@@ -152,6 +151,7 @@ def orthogonal(x):
         gram = y @ y.mT
         y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), y, beta=3.4445)
     return (y.mT if x.size(1) > x.size(2) else y).to(x.dtype)
+
 frozen = re.findall('vision|projection|decoder', freeze)
 scales = dict(re.findall(r'(vision|projection|decoder)=(\d*\.?\d+(?:e-?\d+)?)', lr_scale))
 if (','.join(frozen), ','.join(map('='.join, scales.items()))) != (freeze, lr_scale):
@@ -173,7 +173,7 @@ net = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
 # evaluation -------------------------------------------------------------------------------------------------
 def answers(items, n):
     """The model's greedy answers to n items, always the same: (image, prompt, truth, answer) each."""
-    transform, room = image_transform(model.cfg), (model.cfg.block_size - model.cfg.n_visual) // 2
+    transform, room = image_transform(model.cfg), model.cfg.longest_prompt
     chosen = torch.randperm(len(items), generator=torch.Generator().manual_seed(0))[:n].tolist()
     for i in range(0, len(chosen), 100):
         batch = [items[j] for j in chosen[i:i + 100]]
@@ -229,7 +229,7 @@ if step:
         module.set_rng_state(state)
 os.makedirs(out_dir, exist_ok=True)
 log = open(f'{out_dir}/log.csv' if rank == 0 else os.devnull, 'a' if step else 'w', buffering=1)
-print('' if step else 'step,seconds,loss,val_loss,val_loss_swapped,word_for_word\n', end='', file=log)
+if not step: print('step,seconds,loss,val_loss,val_loss_swapped,word_for_word', file=log)
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, frame: stop.append(number))
 each = [f'{k} {sum(p.numel() for p in part.parameters()) / 1e6:.2f}' for k, part in model.named_children()]
@@ -277,7 +277,7 @@ while True:
     # 5. clip and step, unless the gradient is not finite
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     bad = 0 if math.isfinite(norm) else bad + 1
-    say(f'step {step}: the gradient is not finite, step left out') if bad else None
+    if bad: say(f'step {step}: the gradient is not finite, step left out')
     if bad == (5 if dtype != 'float16' else 30):     # a gradient scaler needs such steps to find its scale
         raise UserError(f'{bad} steps left out: try --dtype=float32, or lower --learning_rate and --muon_lr')
     for o in optimizers if not bad else []:
@@ -297,4 +297,4 @@ while True:
         losses, since = [], time.time()
 say(f'stopped at step {step}: --init_from=resume goes on' if halt else
     f'{step} steps, {time.time() - began:.0f} s. Now: python sample.py --out_dir={out_dir}')
-(dist.barrier(), os._exit(0)) if world > 1 else None     # in a plain exit a thread of gloo may abort
+if world > 1: os._exit(0)        # in a plain exit a thread of gloo aborts now and then

@@ -30,14 +30,12 @@ class UserError(ValueError):
     """What a user typed, or a file holds, is wrong: the runners print one line, without a traceback."""
 
 @contextlib.contextmanager
-def explained(message):
-    """Turns whatever a library raises on a damaged or hostile file into one line, a message and its cause."""
+def explained(message, *kinds):
+    """Turns what is raised, of these kinds or of any, into a UserError of one line: message and cause."""
     try:
         yield
-    except UserError:
-        raise
-    except Exception as e:
-        raise UserError(f'{message} ({type(e).__name__}: {(str(e) or "?").splitlines()[0][:120]})') from e
+    except kinds or Exception as e:      # hostile files make Pillow and pickle fail in any way there is
+        raise UserError(f'{message} ({type(e).__name__}: {(str(e) or "?").splitlines()[0][:150]})') from e
 
 # 1. Config --------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
@@ -89,6 +87,7 @@ class VLMConfig:
     grid = property(lambda c: c.image_size // c.cell)
     factor = property(lambda c: c.shuffle_factor if c.projection == 'pixel_shuffle' else 1)
     n_visual = property(lambda c: c.n_latents if c.projection == 'perceiver' else (c.grid // c.factor) ** 2)
+    longest_prompt = property(lambda c: (c.block_size - c.n_visual) // 2)    # the rest is for the answer
 
     def __post_init__(self):
         if self.image_size % (self.cell * self.factor) or self.block_size <= self.n_visual:
@@ -202,11 +201,10 @@ class Transformer(nn.Module):
     def __init__(self, cfg, causal=False):
         super().__init__()
         self.blocks = nn.ModuleList(Block(cfg, causal) for _ in range(cfg.n_layer))
-        self.norm, self.drop = make_norm(cfg), nn.Dropout(cfg.dropout)
+        self.norm = make_norm(cfg)
         self.grad_checkpointing = False  # keep what enters each block, compute the rest again going backward
 
     def run(self, x, cache=None, **options):
-        x = self.drop(x)
         for i, block in enumerate(self.blocks):
             if self.grad_checkpointing and self.training:
                 x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, **options)
@@ -251,7 +249,7 @@ class ResNetEncoder(nn.Sequential):
 
 # 4. Projection ----------------------------------------------------------------------------------------------
 class MultimodalProjection(nn.Module):
-    """The encoder's features as tokens of the decoder's width: (B,grid*grid,width) -> (B,N,C)."""
+    """Features (B,grid*grid,width) -> tokens (B,N,C) of the decoder's width; pixel shuffle joins cells."""
     def __init__(self, cfg, width):
         super().__init__()
         self.grid, self.factor, bias = cfg.grid, cfg.factor, cfg.projection_bias
@@ -264,7 +262,6 @@ class MultimodalProjection(nn.Module):
             self.resampler = Transformer(replace(cfg.text, n_layer=2))
 
     def forward(self, x):
-        # pixel shuffle: a square of neighbours, of f x f, becomes one long feature
         (B, _, C), f, g = x.shape, self.factor, self.grid // self.factor
         x = self.proj(x.view(B, g, f, g, f, C).transpose(2, 3).reshape(B, g * g, f * f * C))
         if self.resampler is not None:
@@ -340,37 +337,41 @@ class MinimalVLM(nn.Module):
         """images: see see(); input_ids (B,T) or (T,); targets: the same ids, unshifted, or -100 for no loss;
         start: see hidden(). Returns logits (B,T,V), row t predicting token t+1, or None; and the loss, nats
         a scored token, each weighed by weight (B,T), plus siglip * siglip_loss(); None without targets."""
-        visual, loss = self.see(images), None
-        h, N = self.hidden(visual, torch.atleast_2d(input_ids), start)
+        visual, ids, loss = self.see(images), torch.atleast_2d(input_ids), None
+        h, N = self.hidden(visual, ids, start)
         if targets is not None:
-            # the one shift: state N+t-1 predicts token t, but the last visual token's a text's first token
-            targets, t = targets.view(len(h), -1), torch.arange(h.size(1) - N, device=h.device)
-            before = torch.where(t > (0 if start is None else start), t, 0) + N - 1     # (T,) or (B,T)
-            scored = (targets != -100) & (before >= 0)   # (B,T); only these states meet the wide head
-            before = before + h.size(1) * torch.arange(len(h), device=h.device)[:, None]   # in all rows
-            states = h.flatten(0, 1).index_select(0, before[scored])
-            nats = F.cross_entropy(self.decoder.head(states).float(), targets[scored], reduction='none')
+            start, scored = torch.zeros_like(ids) if start is None else start, targets.view_as(ids) != -100
+            scored[:, 0] &= N > 0        # without an image nothing predicts the first token
+            logits = self.decoder.head(self.before(h, N, start)[scored]).float()         # the head is wide
+            nats = F.cross_entropy(logits, targets.view_as(ids)[scored], reduction='none')
             loss = nats.mean() if weight is None else (nats * weight[scored]).sum() / weight[scored].sum()
-            loss = loss + (siglip and siglip * self.siglip_loss(visual, input_ids, targets, start))
+            if siglip:
+                loss = loss + siglip * self.siglip_loss(visual, ids, scored, start)
         return (self.decoder.head(h[:, N:]) if return_logits else None), loss
 
-    def siglip_loss(self, visual, input_ids, targets, start):
+    def before(self, h, N, start):
+        """The state that predicts each text token, (B,T,C). The one shift: it is the state before that token,
+        and for a text's first token, also where other texts stand before it, the last visual state."""
+        first, h = torch.arange(h.size(1) - N, device=h.device) == start, F.pad(h, (0, 0, 1, 0))
+        return torch.where(first[..., None], h[:, N:N + 1], h[:, N:-1])
+
+    def siglip_loss(self, visual, ids, scored, start):
         """Which texts (B,T), read without images, are about which image (B,N,C)? Nats a text. The cosine of
         both mean states is scaled by 10 and biased by -10, where SigLIP starts; here both stay fixed."""
-        (B, T), (h, _) = targets.shape, self.hidden(self.see(None), input_ids.view_as(targets), start)
-        rows, scored, first = torch.arange(B, device=h.device), targets != -100, 0 if start is None else start
-        texts, text = (rows[:, None] * T + first).expand(B, T)[scored].unique(return_inverse=True)
+        (B, T), (h, _) = ids.shape, self.hidden(self.see(None), ids, start)
+        rows = torch.arange(B, device=h.device)
+        texts, text = (rows[:, None] * T + start)[scored].unique(return_inverse=True)   # named by first token
         pooled = h.new_zeros(len(texts), h.size(-1)).index_add(0, text, h[scored])      # sums: same cosine
-        cosine = F.normalize(pooled, dim=-1) @ F.normalize(visual.mean(1), dim=-1).T     # (texts,B)
+        cosine = F.normalize(pooled, dim=-1) @ F.normalize(visual.mean(1), dim=-1).T    # (texts,B)
         own = torch.where(texts[:, None] // T == rows, 1, -1)
         return -F.logsigmoid(own * (10 * cosine.float() - 10)).sum(1).mean()
 
     @torch.no_grad()
     def stream(self, images, prompt_ids, max_new_tokens=50, temperature=1.0, top_p=1.0, top_k=0, stop=-1,
                use_cache=True, num_samples=1):
-        """Generates: yields the next token of each row, (B * num_samples, 1), as soon as it is known.
-        images: see see(); prompt_ids (B,T), (T,), or a list of B prompts (T_i,). A row that met the id stop
-        repeats it until all have. use_cache=False computes all again at each token: slow, and the same."""
+        """Yields the next token of each row, (B * num_samples, 1), as soon as it is known. images: see see();
+        prompt_ids (B,T), (T,), or a list of B prompts (T_i,). A row that met the id stop repeats it until all
+        have. use_cache=False computes all again at each token: slow, and the same."""
         with contextlib.ExitStack() as afterwards:
             afterwards.callback(self.train, self.training)
             self.eval()
@@ -415,17 +416,16 @@ class MinimalVLM(nn.Module):
         steps = self.stream(images, prompt_ids, stop=stop, num_samples=num_samples, **options)
         new = torch.cat([prompts[0].new_empty(len(prompts), 0), *steps], dim=1)
         rows = [torch.cat(pair) for pair in zip(prompts, new)]
-        if not isinstance(prompt_ids, list):
-            return torch.stack(rows)
-        return [row[:len(row) - max(0, int((n == stop).sum()) - 1)] for row, n in zip(rows, new)]
+        return torch.stack(rows) if not isinstance(prompt_ids, list) else [
+            row[:len(row) - max(0, int((n == stop).sum()) - 1)] for row, n in zip(rows, new)]
 
     @torch.no_grad()
     def score(self, image, prompt_ids, choices):
         """Log-probability (n,) of each of n answers, ids (T_i,) each, after an image and a prompt (T,)."""
         ids = pad_sequence([torch.cat([prompt_ids, choice]) for choice in choices], batch_first=True)
         targets = pad_sequence(choices, batch_first=True, padding_value=-100)                   # (n,T)
-        logits = self.decoder.head(self.hidden(self.see(image), ids)[0][:, -targets.size(1) - 1:-1]).float()
-        return -F.cross_entropy(logits.transpose(1, 2), targets, reduction='none').sum(1)
+        logits = self.decoder.head(self.before(*self.hidden(self.see(image), ids), 0)[:, len(prompt_ids):])
+        return -F.cross_entropy(logits.float().transpose(1, 2), targets, reduction='none').sum(1)
 
 # 7. Sampling ------------------------------------------------------------------------------------------------
 def sample_top_p(logits, p=0.9, temperature=1.0, top_k=0):
@@ -444,7 +444,7 @@ def sample_top_p(logits, p=0.9, temperature=1.0, top_k=0):
 def save_checkpoint(path, model, tokenizer, **more):
     """Writes all to one file or leaves the old one: the new is written beside it, then takes its place."""
     more.update(model=model.state_dict(), config=asdict(model.cfg), tokenizer=tokenizer.state)
-    with explained(f'could not write {path}; what was there before is untouched'):
+    with explained(f'could not write {path}; what was there before is untouched', OSError, RuntimeError):
         with open(f'{path}.part', 'wb') as f:
             torch.save(more, f)
             f.flush()
@@ -464,9 +464,9 @@ def load_checkpoint(path, device='cpu'):
     return model.to(device), checkpoint
 
 # 9. Text and pixels -----------------------------------------------------------------------------------------
-# how a text falls into pieces before the merges: SmolLM2's rule, words with their space and single digits
-PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"  # as SmolLM2
 END = '<|endoftext|>'
+Image.MAX_IMAGE_PIXELS = 40_000_000      # Pillow refuses twice as many: a small file can claim to be huge
 
 class Tokenizer:
     """Text <-> ids: a tiktoken Encoding whose state fits into a checkpoint.
@@ -480,6 +480,7 @@ class Tokenizer:
         self.encode = self.encoding.encode_ordinary      # text -> ids; special tokens spelled out are text
 
     decode = lambda self, ids: ''.join(self.stream(ids))
+
     def stream(self, ids):
         """Text as ids come in. Special ids are silent; a character in several tokens waits for its last."""
         utf8 = codecs.getincrementaldecoder('utf-8')(errors='replace')
@@ -497,7 +498,7 @@ class Tokenizer:
             return cls(name, ranks, {END: gpt2.eot_token}, gpt2._pat_str)
         if name not in ('bpe', 'bytes'):
             raise UserError(f'tokenizer={name} cannot be made here: use --tokenizer=bpe, bytes or gpt2')
-        ranks = learn_bpe(texts, vocab_size - 1 if name == 'bpe' else 256)
+        ranks = learn_bpe(map(str.strip, texts), vocab_size - 1 if name == 'bpe' else 256)
         return cls(name, ranks, {END: len(ranks)})
 
 def learn_bpe(texts, size):
@@ -524,13 +525,11 @@ def learn_bpe(texts, size):
             tally(i, 1)
     return ranks
 
-def open_image(path, size=0, most=80_000_000):
+def open_image(path, size=0):
     """A picture file as an upright RGB image; whatever is wrong with it becomes a UserError that names it.
-    size: pixels a side that will do, so that a larger JPEG is decoded at 1/2 to 1/8; most: pixels decoded."""
+    size: pixels a side that will do, so that a larger JPEG is decoded at 1/2 to 1/8."""
     with explained(f'{path}: not a picture that can be read'), Image.open(path) as image:
         image.draft('RGB', (size, size) if size else image.size)
-        if image.width * image.height > most:
-            raise UserError(f'{path}: {image.width} x {image.height} pixels are more than {most:,}')
         return to_rgb(image)
 
 def to_rgb(image):
@@ -561,14 +560,13 @@ def encode_prompt(tokenizer, cfg, prompt):
     return tokenizer.encode(cfg.prompt_template.replace('{}', prompt)) if prompt else []
 
 def collate(items, cfg, tokenizer, transform):
-    """Items (image, prompt, answer) -> images (B,3,H,W), input_ids and targets (B,T), -100 where nothing is
-    scored: on prompts, and on the padding to the right, which causality hides. Neighbours with the same image
-    share its row; then a fourth tensor, start (B,T), has the column where each token's text begins."""
+    """Items (image, prompt, answer) -> images (B,3,H,W), input_ids and targets (B,T), -100 where unscored.
+    Neighbours of one image share a row; then start (B,T) is fourth: the column where a text begins."""
     room, images, rows = cfg.block_size - cfg.n_visual, [], []
     for _, texts in itertools.groupby(items, lambda item: id(item[0])):
         ids, targets, start = [], [], []
         for image, prompt, answer in texts:
-            prompt = encode_prompt(tokenizer, cfg, prompt)[:room // 2]
+            prompt = encode_prompt(tokenizer, cfg, prompt)[:cfg.longest_prompt]
             answer = (tokenizer.encode(' ' + answer.strip()) + [tokenizer.eos])[:room - len(prompt)]
             start += [len(ids)] * len(prompt + answer)
             ids += prompt + answer
@@ -603,7 +601,7 @@ class Shapes(torch.utils.data.Dataset):
 
     __len__ = lambda self: 1_000_000
     n_images = property(__len__)
-    texts = property(lambda self: (' '.join(self[i][1:]).strip() for i in range(3000)))
+    texts = property(lambda self: (' '.join(self[i][1:]) for i in range(3000)))
 
     def __getitem__(self, index):
         kind = self.kind if self.kind != 'mixed' else 'question' if index % 4 else 'caption'
@@ -683,36 +681,38 @@ def read_captions(path):
     for n, row in enumerate(rows, 1):
         image, prompt, text = row.get('image'), row.get('prompt') or '', row.get('caption', row.get('answer'))
         if not image or not text or None in row or ('caption' not in row and not prompt):
-            raise UserError(f'{path}, row {n}: wanted image and caption or image, prompt, answer; {[*row]}')
+            raise ValueError(f'row {n}: wanted image and caption, or image, prompt and answer, not {[*row]}')
         yield str(image), str(prompt).strip(), str(text).strip()
 
 class CaptionedImages(torch.utils.data.Dataset):
     """Items (PIL image, prompt, answer) from rows (image name, prompt, answer), kept as a block of bytes that
     forked workers share. An unreadable image is named once and marked bad; the next one stands in."""
     def __init__(self, rows, folder, source, size=0):
-        self.folder, self.source, self.size, rows = folder, source, size, sorted(rows, key=lambda row: row[0])
-        counts = Counter(name for name, _, _ in rows)
-        self.names, self.n_images = [*counts], len(counts)
-        self.first = torch.tensor([0, *counts.values()]).cumsum(0)       # row of each image
-        rows = [json.dumps(row[1:]).encode() for row in rows]
-        self.ends, self.block = torch.tensor([0, *map(len, rows)]).cumsum(0), b''.join(rows)
-        self.bad = torch.zeros(len(self.names), dtype=torch.uint8).share_memory_()
+        texts = defaultdict(list)
+        for name, *text in sorted(rows):
+            texts[name].append(text)
+        entries = [json.dumps(entry).encode() for entry in texts.items()]    # [name, [[prompt, answer], ...]]
+        self.ends, self.block = torch.tensor([0, *map(len, entries)]).cumsum(0), b''.join(entries)
+        self.first = torch.tensor([0, *map(len, texts.values())]).cumsum(0)      # item of each image
+        self.folder, self.source, self.size, self.n_images = folder, source, size, len(texts)
+        self.bad = torch.zeros(self.n_images, dtype=torch.uint8).share_memory_()
 
-    __len__ = lambda self: len(self.ends) - 1
-    row = lambda self, index: json.loads(self.block[self.ends[index]:self.ends[index + 1]])
-    texts = property(lambda self: (' '.join(self.row(i)).strip() for i in range(len(self))))
+    __len__ = lambda self: int(self.first[-1])
+    entry = lambda self, i: json.loads(self.block[self.ends[i]:self.ends[i + 1]])
+    texts = property(lambda self: (' '.join(t) for i in range(self.n_images) for t in self.entry(i)[1]))
+
     def __getitem__(self, index):
-        image = int(torch.searchsorted(self.first, index, right=True)) - 1
-        return self.several(image, 1, lambda n: [(index - int(self.first[image])) % n])[0]
+        i = int(torch.searchsorted(self.first, index, right=True)) - 1
+        return self.several(i, 1, lambda n: [(index - int(self.first[i])) % n])[0]
 
     def several(self, index, n, choose=lambda n: torch.randperm(n).tolist()):
         """Up to n items about image number index."""
         for i in itertools.chain(range(index, self.n_images), range(index)):
             if not self.bad[i]:
-                first, end = self.first[i:i + 2].tolist()
+                name, texts = self.entry(i)
                 try:
-                    image = open_image(os.path.join(self.folder, self.names[i]), self.size)
-                    return [(image, *self.row(first + j)) for j in choose(end - first)[:n]]
+                    image = open_image(os.path.join(self.folder, name), self.size)
+                    return [(image, *texts[j]) for j in choose(len(texts))[:n]]
                 except UserError as e:
                     self.bad[i] = 1
                     print(f'skipped: {e}', file=sys.stderr)
