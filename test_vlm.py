@@ -135,7 +135,8 @@ def test_language_model_equals_transformers_llama_with_grouped_heads():
                 [m.gate_proj, m.up_proj], m.down_proj)
     core = ref.model
     put(model.decoder, map(block, core.layers), {'embedding': core.embed_tokens, 'norm': core.norm})
-    close(model(None, ids)[0], ref(ids).logits)
+    logits, loss = model(None, ids, ids)
+    close(logits, ref(ids).logits), close(loss, ref(ids, labels=ids).loss)
     theirs = ref.generate(ids, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(model.generate(None, ids, max_new_tokens=30, temperature=0), theirs)
 def test_language_model_equals_transformers_gpt2():
@@ -342,8 +343,7 @@ def test_awkward_files_are_read_or_refused_by_name():
             except UserError as e:
                 assert row['file'] in str(e) and '\n' not in str(e) and not (fits and loads(path)), row
 def test_a_batch_is_padded_on_the_right_and_scored_on_answers_only():
-    tok, blanks = Tokenizer.make('bytes'), [Image.new('RGB', (9, 9)) for _ in range(2)]
-    items = [(blanks[0], 'q?', 'yes'), (blanks[1], '', 'no')]
+    tok, items = Tokenizer.make('bytes'), [(Image.new('L', (9, 9)), *w) for w in (('q?', 'yes'), ('', 'no'))]
     px, ids, targets = collate(items, CFG, tok, image_transform(CFG))
     assert len(px) == 2 and ids.tolist() == [[*b'q? yes', 256, *[0] * 9], [*b' no', 256, *[0] * 12]]
     assert targets.tolist() == [[-100, -100, *b' yes', 256] + 9 * [-100], [*b' no', 256] + 12 * [-100]]
@@ -351,6 +351,7 @@ def test_texts_that_share_an_image_and_a_row_teach_what_they_teach_alone(cfg):
     """Loss and gradient of packed rows are those of a row for each text, with weights for tokens, too."""
     cfg, tok, data = replace(cfg, block_size=200), Tokenizer.make('bytes'), Shapes('train', 3)
     items = [item for i, n in enumerate((3, 1, 4)) for item in data.several(i, n)]
+    items = [(image, question * (i % 2), answer) for i, (image, question, answer) in enumerate(items)]
     copies, both, model = [(image.copy(), *words) for image, *words in items], [], build(cfg)
     packed, alone = (collate(rows, cfg, tok, image_transform(cfg)) for rows in (items, copies))
     assert len(packed) == 4 and packed[1].size(0) == 3 and len(alone) == 3 and alone[1].size(0) == 8
@@ -360,8 +361,7 @@ def test_texts_that_share_an_image_and_a_row_teach_what_they_teach_alone(cfg):
         loss = model(*batch, weight, return_logits=False)[1]
         loss.backward()
         both.append((loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
-    for one, other in zip(*both):
-        close(one, other, 1e-5)
+    close(both[0][0], both[1][0], 1e-5), close(both[0][1], both[1][1], 1e-5)
 def test_contrast_is_siglips_loss_of_texts_pooled_one_by_one():
     model, tok, slow = build(KINDS['gpt2']), Tokenizer.make('bytes'), []
     rows = [[('', 'red'), ('', 'a dog')], [('what?', 'no')]]
