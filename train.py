@@ -80,8 +80,8 @@ if kind == 'cuda': torch.cuda.set_device(device)
 if world > 1:
     dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
 sum_over_processes = dist.all_reduce if world > 1 else lambda tensor: None
-if dtype == 'auto':              # on CPUs with matrix units for bf16 twice as fast as fp32, on others slow
-    fast = (kind == 'cpu' and getattr(torch.cpu, 'get_capabilities', dict)().get('amx_bf16') or
+if dtype == 'auto':              # on CPUs with bf16 instructions twice as fast as fp32, on others slow
+    fast = (kind == 'cpu' and getattr(torch.cpu, 'get_capabilities', dict)().get('avx512_bf16') or
             kind == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False))
     dtype = 'bfloat16' if fast else 'float16' if kind == 'cuda' else 'float32'
 precision = torch.autocast(kind, getattr(torch, dtype)) if dtype != 'float32' else contextlib.nullcontext()
