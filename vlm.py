@@ -274,12 +274,13 @@ class LanguageDecoder(Transformer):
     def __init__(self, cfg):
         super().__init__(cfg.text, causal=True)
         C, self.learned = cfg.text.n_embd, cfg.text.position == 'learned'
-        self.embedding, self.head = nn.Embedding(cfg.vocab_size, C), nn.Linear(C, cfg.vocab_size, bias=False)
-        self.head.weight = self.embedding.weight                 # tied
+        self.embedding = nn.Embedding(cfg.vocab_size, C)
         self.norm_in = nn.LayerNorm(C, elementwise_affine=False) if cfg.input_norm else nn.Identity()
         rope = rope_table(cfg.block_size, C // cfg.text.n_head, cfg.text.rope_base)
         self.position = nn.Parameter(torch.zeros(cfg.block_size, C)) if self.learned else None
         self.register_buffer('rope', None if self.learned else rope, persistent=False)
+
+    head = lambda self, h: F.linear(h, self.embedding.weight)    # (...,C) -> logits (...,V): the table is tied
 
     def forward(self, x, positions, mask=None, cache=None):
         """x (B,S,C), positions (S,) or (B,S) -> hidden states (B,S,C), ready for the head."""
@@ -311,12 +312,12 @@ class MinimalVLM(nn.Module):
     def see(self, images):
         """images (B,3,H,W) or (3,H,W), bytes or normalised floats -> visual tokens (B,N,C); None: (1,0,C)."""
         if images is None:
-            return self.decoder.head.weight.new_zeros(1, 0, self.cfg.text.n_embd)
+            return self.decoder.embedding.weight.new_zeros(1, 0, self.cfg.text.n_embd)
         images, size = images if images.dim() == 4 else images[None], self.cfg.image_size
         assert images.shape[1:] == (3, size, size), f"{images.shape} is not image_transform's {size} x {size}"
         if images.dtype == torch.uint8:
             images = v2.functional.normalize(images.float() / 255, self.cfg.image_mean, self.cfg.image_std)
-        return self.decoder.norm_in(self.projection(self.vision(images.to(self.decoder.head.weight.dtype))))
+        return self.decoder.norm_in(self.projection(self.vision(images.to(self.decoder.embedding.weight.dtype))))
 
     read = lambda self, ids: self.decoder.norm_in(self.decoder.embedding(ids))     # (...,T) -> (...,T,C)
 
