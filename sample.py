@@ -9,7 +9,8 @@ import glob, math, os, sys, time
 import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import to_pil_image, resize
-from vlm import Shapes, UserError, encode_prompt, image_transform, load_checkpoint, open_image, override
+from vlm import (Shapes, UserError, encode_prompt, explained, image_transform, load_checkpoint, open_image,
+                 override)
 
 # settings ---------------------------------------------------------------------------------------------------
 out_dir = 'out'                  # folder with the ckpt.pt of train.py
@@ -23,7 +24,7 @@ max_new_tokens = 100             # > 0; longest answer
 temperature = 0.0                # >= 0; 0 = always the likeliest token, 1 = as the model has it
 top_k = 0                        # >= 0; draw from so many likeliest tokens, 0 = from all
 top_p = 0.9                      # > 0 and <= 1; draw from the likeliest that together reach this, 1 = all
-seed = 0                         # >= 0; 0 = another each time
+seed = 0                         # >= 0 and < 1e18; 0 = another each time
 device = 'auto'                  # 'auto', 'cpu', 'mps', 'cuda', 'cuda:1' ...
 dtype = 'auto'                   # 'auto', 'float32', 'bfloat16' or 'float16'
 compile = False                  # true: torch.compile; pays on a GPU, after a minute
@@ -33,13 +34,11 @@ found = getattr(torch.accelerator.current_accelerator(check_available=True), 'ty
 device, kind = (found, found) if device == 'auto' else (device, device.split(':')[0])
 if kind not in ('cpu', found):
     raise UserError(f'device={device}, but PyTorch finds none here: --device=cpu, or leave it out')
-if dtype == 'auto':
-    dtype = 'bfloat16' if kind == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
-seed = seed or time.time_ns() % 2 ** 31
-torch.manual_seed(seed)
+fast = 'bfloat16' if kind == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
+torch.manual_seed(seed := seed or time.time_ns() % 2 ** 31)
 torch.set_grad_enabled(False)
 model, checkpoint = load_checkpoint(init_from or os.path.join(out_dir, 'ckpt.pt'), device)
-model.to(getattr(torch, dtype)).eval()
+model.to(getattr(torch, fast if dtype == 'auto' else dtype)).eval()
 if compile:
     model.decoder.compile(dynamic=True)
 tok, transform = checkpoint['tokenizer'], image_transform(model.cfg)
@@ -111,7 +110,8 @@ def draw_attention(path, pixels, ids, said):
         x, y, mask = i % 8 * 170, i // 8 * 185, to_pil_image(resize(row / row.max(), [160, 160]).clamp(0, 1))
         page.paste(Image.composite(bright, bright.point(lambda v: v // 4), mask), (x, y))
         ImageDraw.Draw(page).text((x, y + 162), word.strip(), 'black', font_size=15)
-    page.save(path if os.path.splitext(path)[1] else f'{path}.png')
+    with explained(f'could not draw {path}'):
+        page.save(path if os.path.splitext(path)[1] else f'{path}.png')
 
 failed, paths = 0, pictures()
 for number, path in enumerate(paths):

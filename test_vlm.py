@@ -1,6 +1,6 @@
 """Tests of vlm.py, train.py and sample.py, in vlm.py's order: `python -m pytest -q test_vlm.py`.
 Each holds the code against something outside it: another implementation, a worked example or the slow way."""
-import ast, csv, json, math, os, pathlib, random, re, signal, subprocess, sys, warnings
+import ast, contextlib, csv, json, math, os, pathlib, random, re, signal, subprocess, sys, warnings
 from collections import Counter, namedtuple
 from dataclasses import replace
 import pytest, torch, torchvision, vlm
@@ -37,12 +37,9 @@ def refuses(match, call, *args, **more):
         call(*args, **more)
     return str(e.value)
 def loads(path):
-    try:
+    with contextlib.suppress(Exception):
         return Image.open(path).load() is not None
-    except Exception:
-        return False
-def table(path):
-    return csv.DictReader(path.read_text().splitlines())
+table = lambda path: csv.DictReader(path.read_text().splitlines())
 def run(script, *args, cwd):
     return subprocess.run([sys.executable, HERE / script, *args], cwd=cwd, env=ENV, timeout=200,
                           capture_output=True, text=True)
@@ -223,8 +220,7 @@ def test_tiny_overfits_one_batch_with_adamw():
         opt.zero_grad()
         loss.backward()
         opt.step()
-        if loss < 0.04:
-            break
+        if loss < 0.04: break
     assert loss < 0.05, loss
 def draws(logits, n=4000, **options):
     torch.manual_seed(0)
@@ -298,8 +294,7 @@ def test_learned_bpe_equals_the_slow_way():
         assert best and pairs[best[0]] == max(pairs.values())
         for p in parts.values():
             for i in range(len(p)):
-                if tuple(p[i:i + 2]) == best[0]:
-                    p[i:i + 2] = [token]
+                if tuple(p[i:i + 2]) == best[0]: p[i:i + 2] = [token]
 def test_streamed_text_never_breaks_a_character():
     tok = Tokenizer.make('bytes')
     pieces = list(tok.stream(tok.encode('é😀!')))
@@ -350,7 +345,7 @@ def test_a_batch_is_padded_on_the_right_and_scored_on_answers_only():
 def test_texts_that_share_an_image_and_a_row_teach_what_they_teach_alone(cfg):
     """Loss and gradient of packed rows are those of a row for each text, with weights for tokens, too."""
     cfg, tok, data = replace(cfg, block_size=200), Tokenizer.make('bytes'), Shapes('train', 3)
-    items = [item for i, n in enumerate((3, 1, 4)) for item in data.several(i, n)]
+    items = [item for i, n in enumerate((3, 1, 4)) for item in data.about(i)[:n]]
     items = [(image, question * (i % 2), answer) for i, (image, question, answer) in enumerate(items)]
     copies, both, model = [(image.copy(), *words) for image, *words in items], [], build(cfg)
     packed, alone = (collate(rows, cfg, tok, image_transform(cfg)) for rows in (items, copies))
@@ -402,8 +397,7 @@ def test_answers_to_questions_agree_with_the_caption_of_the_scene():
     for i in range(400):
         data, rng = Shapes('train', 9, vlm.QUESTIONS[i % len(vlm.QUESTIONS)]), random.Random(i)
         scene = data.scene(rng)
-        if (qa := data.ask(data.kind, scene, rng)) is None:
-            continue
+        if (qa := data.ask(data.kind, scene, rng)) is None: continue
         question, answer = qa
         caption = data.ask('caption', scene, rng)[1]
         things = re.findall(r'(?:small|large) (\w+ \w+)', caption)
@@ -505,8 +499,7 @@ def test_wrong_settings_are_one_line_that_helps(capsys):
     out = capsys.readouterr().out
     assert stop.value.code == 0 and all(f'--{name}' in out for name, _ in names)
 SMALL = '--batch_size=8 --eval_iters=1 --eval_samples=2 --log_interval=1 --dtype=float32'.split()
-def losses(folder):
-    return [row['loss'] for row in table(folder / 'log.csv') if row['loss']]
+losses = lambda folder: [row['loss'] for row in table(folder / 'log.csv') if row['loss']]
 def test_a_resumed_run_equals_one_that_never_stopped(tmp_path):
     for name in 'ab':
         assert run('train.py', *SMALL, '--max_iters=6', f'--out_dir={name}', cwd=tmp_path).returncode == 0
@@ -514,8 +507,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path):
     long = subprocess.Popen([sys.executable, HERE / 'train.py', *SMALL, '--max_iters=6', '--out_dir=c'],
                             cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, text=True)
     for line in long.stdout:
-        if line.startswith('step 3/6'):
-            long.send_signal(signal.SIGTERM)
+        if line.startswith('step 3/6'): long.send_signal(signal.SIGTERM)
     assert long.wait() == 0
     resumed = run('train.py', '--init_from=resume', '--out_dir=c', cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
@@ -568,10 +560,8 @@ def test_scenes_drawn_by_other_means_are_described_as_well(trained, tmp_path):
             color, shape = rng.choice(pairs).split()
             size, r = rng.choice((('small', 56), ('large', 85)))
             x, y = (500 * (0.21 + 0.29 * c) + rng.randint(-17, 17) for c in (place % 3, place // 3))
-            if shape == 'circle':
-                pen.ellipse((x - r, y - r, x + r, y + r), SHADES[color])
-            else:
-                pen.polygon([(x + r * u, y + r * v) for u, v in OUTLINES[shape]], SHADES[color])
+            outline = [(x + r * u, y + r * v) for u, v in OUTLINES.get(shape, ())]
+            (pen.polygon if outline else pen.ellipse)(outline or (x - r, y - r, x + r, y + r), SHADES[color])
             words.append(f'a {size} {color} {shape} {vlm.PLACES[place]}')
         picture.save(f'{tmp_path}/scene.jpg', quality=80)
         theirs.append((transform(open_image(f'{tmp_path}/scene.jpg')), ' and '.join(words)))
@@ -598,3 +588,12 @@ def test_sample_answers_ranks_and_goes_on_past_a_bad_picture(tmp_path):
     assert both.returncode == 1 and 'bad.png' in both.stderr and both.stderr.count('\n') == 1
     shares = [float(x) for x in re.findall(r'([\d.]+)%  (?:red|blue)', both.stdout)]
     assert len(shares) == 2 and abs(sum(shares) - 100) < 0.2
+    odd = run('sample.py', '--image=red.png', '--prompt=<|endoftext|> \udcff', cwd=tmp_path)   # just text
+    assert odd.returncode == 0 and not odd.stderr
+    for code, words, option in (
+            (1, 'could not draw', '--attention=x.weird'), (1, 'block_size=144', '--prompt=' + 'x' * 999),
+            (1, 'finds none', '--device=tpu'), (1, 'no red', '--init_from=red'), (2, '> 0', '--top_p=0')):
+        done = run('sample.py', '--image=red.png', option, cwd=tmp_path)
+        assert (done.returncode, done.stderr.count('\n')) == (code, 1) and words in done.stderr, done.stderr
+    done = run('train.py', '--out_dir=red.png', cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count('\n') == 1 and 'cannot be written' in done.stderr

@@ -10,8 +10,8 @@ from dataclasses import replace
 os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '256')      # else a CPU's kernels fill GiBs
 import torch, torch.distributed as dist
 from PIL import Image, ImageDraw
-from vlm import (PRESETS, MinimalVLM, Shapes, Tokenizer, UserError, collate, encode_prompt, image_transform,
-                 load_checkpoint, make_dataset, override, save_checkpoint)
+from vlm import (PRESETS, MinimalVLM, Shapes, Tokenizer, UserError, collate, encode_prompt, explained,
+                 image_transform, load_checkpoint, make_dataset, override, save_checkpoint)
 
 # settings ---------------------------------------------------------------------------------------------------
 out_dir = 'out'                  # folder for ckpt.pt, log.csv and samples.png
@@ -27,7 +27,7 @@ val_dataset = ''                 # the same for validation; '' = a fixed 5 % of 
 image_dir = ''                   # where the images of a caption file are; '' = beside it
 blind = False                    # true: all images grey; what another run does better, it does by looking
 augment = False                  # true: random crops and colours; not for texts that say where things are
-num_workers = -1                 # >= -1; processes that prepare batches, 0 = this one, -1 = as many as help
+num_workers = -1                 # >= -1 and <= 256; processes for batches, 0 = this one, -1 = as many as help
 batch_size = 32                  # > 0; images in a batch, over all processes
 texts_per_image = 6              # > 0; most texts of an image that go with it, so that it is encoded once
 gradient_accumulation_steps = 1  # > 0; batches in a step
@@ -44,7 +44,7 @@ contrastive = 0.0                # >= 0; weight of SigLIP's loss: which text bel
 learning_rate = 3e-3             # > 0; of AdamW
 muon_lr = 0.02                   # > 0; of Muon
 max_iters = 1200                 # >= 0; steps
-weight_decay = 0.25              # >= 0; on matrices only
+weight_decay = 0.4               # >= 0; on matrices only
 beta1 = 0.9                      # >= 0 and < 1; of AdamW
 beta2 = 0.95                     # >= 0 and < 1; of AdamW
 grad_clip = 1.0                  # >= 0; maximum norm of the gradient, 0 = no clipping
@@ -58,7 +58,7 @@ device = 'auto'                  # 'auto', 'cpu', 'mps', 'cuda', 'cuda:1' ...
 dtype = 'auto'                   # 'auto', 'float32', 'bfloat16' or 'float16' (with a gradient scaler)
 grad_checkpointing = False       # true: compute activations again in the backward pass; less memory, slower
 compile = False                  # true: torch.compile; pays on a GPU, after a minute
-seed = 1337                      # >= 0; of weights, data order and scenes
+seed = 1337                      # >= 0 and < 1e18; of weights, data order and scenes
 # ------------------------------------------------------------------------------------------------------------
 override(globals())
 if init_from == 'resume':        # that run's settings, then again the command line's
@@ -77,8 +77,7 @@ if kind not in ('cpu', found):
     raise UserError(f'device={device}, but PyTorch finds none here: --device=cpu, or leave it out')
 device = f'cuda:{os.environ.get("LOCAL_RANK", device[5:] or 0)}' if kind == 'cuda' else device
 if kind == 'cuda': torch.cuda.set_device(device)
-if world > 1:
-    dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
+if world > 1: dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
 sum_over_processes = dist.all_reduce if world > 1 else lambda tensor: None
 if dtype == 'auto':              # on CPUs with bf16 instructions twice as fast as fp32, on others slow
     fast = (kind == 'cpu' and getattr(torch.cpu, 'get_capabilities', dict)().get('avx512_bf16') or
@@ -101,7 +100,7 @@ def load(items, first=0, augment=False):
     def make(n):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed((seed + n) * world + rank)         # of choice of texts and augmentation
-            groups = [items.several(int(order(i // items.n_images)[i % items.n_images]), texts_per_image)
+            groups = [items.about(int(order(i // items.n_images)[i % items.n_images]))[:texts_per_image]
                       for i in range(n * batch_size + rank, (n + 1) * batch_size, world)]
             images, ids, targets, *start = collate(sum(groups, []), model.cfg, tok, transform)
         begin, scored = start[0] if start else torch.zeros_like(ids), (targets != -100).float()
@@ -227,8 +226,9 @@ if step:
     scaler.load_state_dict(checkpoint['scaler'] or scaler.state_dict())
     for module, state in zip(random, checkpoint['random']):
         module.set_rng_state(state)
-os.makedirs(out_dir, exist_ok=True)
-log = open(f'{out_dir}/log.csv' if rank == 0 else os.devnull, 'a' if step else 'w', buffering=1)
+with explained(f'out_dir={out_dir} cannot be written', OSError):
+    os.makedirs(out_dir, exist_ok=True)
+    log = open(f'{out_dir}/log.csv' if rank == 0 else os.devnull, 'a' if step else 'w', buffering=1)
 if not step: print('step,seconds,loss,val_loss,val_loss_swapped,word_for_word', file=log)
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, frame: stop.append(number))

@@ -280,7 +280,7 @@ class LanguageDecoder(Transformer):
         self.position = nn.Parameter(torch.zeros(cfg.block_size, C)) if self.learned else None
         self.register_buffer('rope', None if self.learned else rope, persistent=False)
 
-    head = lambda self, h: F.linear(h, self.embedding.weight)    # (...,C) -> logits (...,V): the table is tied
+    head = lambda self, h: F.linear(h, self.embedding.weight)    # (...,C) -> logits (...,V): tied
 
     def forward(self, x, positions, mask=None, cache=None):
         """x (B,S,C), positions (S,) or (B,S) -> hidden states (B,S,C), ready for the head."""
@@ -317,7 +317,7 @@ class MinimalVLM(nn.Module):
         assert images.shape[1:] == (3, size, size), f"{images.shape} is not image_transform's {size} x {size}"
         if images.dtype == torch.uint8:
             images = v2.functional.normalize(images.float() / 255, self.cfg.image_mean, self.cfg.image_std)
-        return self.decoder.norm_in(self.projection(self.vision(images.to(self.decoder.embedding.weight.dtype))))
+        return self.decoder.norm_in(self.projection(self.vision(images.to(next(self.parameters()).dtype))))
 
     read = lambda self, ids: self.decoder.norm_in(self.decoder.embedding(ids))     # (...,T) -> (...,T,C)
 
@@ -343,7 +343,9 @@ class MinimalVLM(nn.Module):
         if targets is not None:
             start, scored = torch.zeros_like(ids) if start is None else start, targets.view_as(ids) != -100
             scored[:, 0] &= N > 0        # without an image nothing predicts the first token
-            logits = self.decoder.head(self.before(h, N, start)[scored]).float()         # the head is wide
+            states = self.before(h, N, start)[scored]    # few of all, and the head is wide
+            states = F.pad(states, (0, 0, 0, -len(states) % 256))      # few shapes here, too
+            logits = self.decoder.head(states)[:scored.sum()].float()
             nats = F.cross_entropy(logits, targets.view_as(ids)[scored], reduction='none')
             loss = nats.mean() if weight is None else (nats * weight[scored]).sum() / weight[scored].sum()
             if siglip:
@@ -476,7 +478,7 @@ class Tokenizer:
         self.state = dict(name=name, ranks=ranks, special=special, pieces=pieces)
         ranks = {token.encode('latin-1'): i for token, i in ranks.items()}
         self.encoding = tiktoken.Encoding(name, pat_str=pieces, mergeable_ranks=ranks, special_tokens=special)
-        self.bytes = {i: token for token, i in ranks.items()}
+        self.bytes = dict(zip(ranks.values(), ranks))
         self.name, self.n_vocab, self.eos = name, self.encoding.n_vocab, special[END]
         self.encode = self.encoding.encode_ordinary      # text -> ids; special tokens spelled out are text
 
@@ -505,10 +507,11 @@ class Tokenizer:
 def learn_bpe(texts, size):
     """Byte-pair encoding (1508.07909): the most frequent pair becomes a token -> {token as latin-1: rank}."""
     words = Counter(w for t in texts for w in re.findall(r' ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+', ' ' + t))
-    parts, counts = [list(w.encode().decode('latin-1')) for w in words], list(words.values())
+    parts, counts = [f"‹{'›‹'.join(w.encode().decode('latin-1'))}›" for w in words], [*words.values()]
     pairs, where, ranks = Counter(), defaultdict(set), {chr(b): b for b in range(256)}
     def tally(i, sign):
-        for pair in zip(parts[i], parts[i][1:]):
+        tokens = parts[i][1:-1].split('›‹')
+        for pair in zip(tokens, tokens[1:]):
             pairs[pair] += sign * counts[i]
             where[pair].add(i)
     for i in range(len(words)):
@@ -517,12 +520,7 @@ def learn_bpe(texts, size):
         ranks.setdefault(''.join(best), len(ranks))      # two pairs may spell the same token
         for i in where.pop(best):
             tally(i, -1)
-            merged = []
-            for token in parts[i]:
-                if merged and (merged[-1], token) == best:
-                    token = merged.pop() + token
-                merged.append(token)
-            parts[i] = merged
+            parts[i] = parts[i].replace('‹{}›‹{}›'.format(*best), f"‹{''.join(best)}›")
             tally(i, 1)
     return ranks
 
@@ -602,20 +600,19 @@ class Shapes(torch.utils.data.Dataset):
 
     __len__ = lambda self: 1_000_000
     n_images = property(__len__)
-    texts = property(lambda self: (' '.join(self[i][1:]) for i in range(3000)))
+    texts = property(lambda self: (' '.join(item[1:]) for i in range(400) for item in self.about(i)))
 
     def __getitem__(self, index):
-        kind = self.kind if self.kind != 'mixed' else 'question' if index % 4 else 'caption'
-        kind = QUESTIONS[index // 4 % len(QUESTIONS)] if kind == 'question' else kind
-        return self.several(index, 1, [kind])[0]
+        return (items := self.about(index))[index % len(items)]
 
-    def several(self, index, n, kinds=None):
-        """Up to n items about one scene, of kinds that suit it: a caption first, then questions."""
+    def about(self, index):
+        """All items about scene number index, of the kinds that suit it: a caption first, then questions."""
         rng, texts = random.Random(f'{self.seed} {self.split} {index}'), []
-        kinds = kinds or ['caption', *rng.sample(QUESTIONS, len(QUESTIONS))]
+        kinds = [QUESTIONS[index % len(QUESTIONS)] if self.kind == 'question' else self.kind]
+        kinds = ['caption', *rng.sample(QUESTIONS, len(QUESTIONS))] if self.kind == 'mixed' else kinds
         while not texts:
             scene = self.scene(rng)
-            texts = [*itertools.islice(filter(None, (self.ask(kind, scene, rng) for kind in kinds)), n)]
+            texts = [*filter(None, (self.ask(kind, scene, rng) for kind in kinds))]
         image = Image.new('RGB', (self.pixels, self.pixels), tuple(rng.randint(225, 255) for _ in range(3)))
         for t in scene:
             shade = tuple(min(255, max(0, v + rng.randint(-20, 20))) for v in COLORS[t.color])
@@ -704,19 +701,21 @@ class CaptionedImages(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         i = int(torch.searchsorted(self.first, index, right=True)) - 1
-        return self.several(i, 1, lambda n: [(index - int(self.first[i])) % n])[0]
+        items = sorted(self.about(i), key=lambda item: item[1:])
+        return items[(index - int(self.first[i])) % len(items)]
 
-    def several(self, index, n, choose=lambda n: torch.randperm(n).tolist()):
-        """Up to n items about image number index."""
+    def about(self, index):
+        """All items about image number index, in random order."""
         for i in itertools.chain(range(index, self.n_images), range(index)):
             if not self.bad[i]:
                 name, texts = self.entry(i)
                 try:
                     image = open_image(os.path.join(self.folder, name), self.size)
-                    return [(image, *texts[j]) for j in choose(len(texts))[:n]]
+                    return [(image, *texts[j]) for j in torch.randperm(len(texts))]
                 except UserError as e:
                     self.bad[i] = 1
-                    print(f'skipped: {e}', file=sys.stderr)
+                    loud = 'WARNING, over 1 % are bad: ' if self.bad.sum() > self.n_images / 100 else ''
+                    print(f'{loud}skipped: {e}', file=sys.stderr)
         raise UserError(f'{self.source}: not one of its {self.n_images} images can be read')
 
 def make_dataset(spec, split='train', image_dir='', val_spec='', size=0, seed=0):
