@@ -42,7 +42,7 @@ def loads(path):
 table = lambda path: csv.DictReader(path.read_text().splitlines())
 def run(script, *args, cwd):
     return subprocess.run([sys.executable, HERE / script, *args], cwd=cwd, env=ENV, timeout=200,
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, errors='replace')
 @pytest.mark.parametrize('name, cap', [
     ('vlm.py', 780), ('train.py', 300), ('sample.py', 130), ('test_vlm.py', 600)])
 def test_files_keep_to_their_length_and_width(name, cap):

@@ -406,8 +406,7 @@ class MinimalVLM(nn.Module):
                 token = token.masked_fill(done, stop)
                 done |= token == stop
                 yield token
-                if S == end or done.all():
-                    break
+                if S == end or done.all(): break
                 x = self.read(token) if use_cache else torch.cat([x, self.read(token)], dim=1)
                 h = step(x, S)
 
@@ -776,5 +775,6 @@ def override(settings, argv=None):
         parser.error(f'no setting {unknown[0]}; {f"did you mean {near[0]}?" if near else "--help lists all"}')
     settings.update(vars(found))
     warnings.filterwarnings('ignore', module='PIL')      # of odd pictures; what is too odd raises
+    sys.stdout.reconfigure(errors='backslashreplace')    # a path or prompt may hold bytes that are no text
     shown = lambda kind, e, trace: print(f'{parser.prog}: {e}', file=sys.stderr)
     sys.excepthook = lambda kind, *e: (shown if issubclass(kind, UserError) else sys.__excepthook__)(kind, *e)
