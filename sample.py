@@ -5,7 +5,7 @@
     python sample.py --image=cat.jpg --prompt="what is it?" --choices="a cat,a dog"  which is likelier
     python sample.py --image=cat.jpg --attention=look.png    draws where it looked for each word
 """
-import glob, math, os, sys, time
+import glob, os, sys, time
 import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import to_pil_image, resize
@@ -95,15 +95,15 @@ def draw_attention(path, pixels, ids, said):
     attns, ids = [block.attn for block in model.decoder.blocks], torch.cat([ids, ids.new_tensor(said)])
     for attn in attns:
         attn.maps = []
-    _, N = model.hidden(model.see(pixels), ids[None])
+    model.hidden(model.see(pixels), ids[None])
     maps = torch.stack([attn.maps[0][0].float().mean(0) for attn in attns]).mean(0)      # (L,H,S,S) -> (S,S)
-    words = []
+    words, g = [], model.cfg.grid // model.cfg.factor
     for attn in attns:
         attn.maps = None
-    for token, row in zip(said, maps[N + len(ids) - len(said) - 1:]):    # the state before chose the token
+    for token, row in zip(said, maps[-len(said) - 1:]):          # the state before chose the token
         piece = tok.decode([token])
         words += [['', 0]] if not words or piece.startswith(' ') else []
-        words[-1] = [words[-1][0] + piece, words[-1][1] + row[:N].view(1, math.isqrt(N), -1).cpu()]
+        words[-1] = [words[-1][0] + piece, words[-1][1] + row[:g * g].view(1, g, g).cpu()]
     page = Image.new('RGB', (170 * min(8, len(words)), 185 * -(-len(words) // 8)), 'white')
     bright = to_pil_image(pixels.cpu()).resize((160, 160))
     for i, (word, row) in enumerate(words):

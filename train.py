@@ -15,7 +15,7 @@ from vlm import (PRESETS, MinimalVLM, Shapes, Tokenizer, UserError, collate, enc
 
 # settings ---------------------------------------------------------------------------------------------------
 out_dir = 'out'                  # folder for ckpt.pt, log.csv and samples.png
-init_from = 'scratch'            # 'scratch' or 'resume': from out_dir/ckpt.pt, with the settings of that run
+init_from = 'scratch'            # 'scratch', 'resume' (the run in out_dir), or files of public weights ...
 eval_interval = 1000             # > 0; steps between evaluations, each of which saves
 log_interval = 50                # > 0; steps between lines of the log
 eval_iters = 20                  # > 0; held-out batches for the validation loss
@@ -40,7 +40,6 @@ projection = ''                  # '', 'linear', 'mlp', 'pixel_shuffle' or 'perc
 dropout = -1.0                   # >= -1 and < 1; in encoder and decoder, -1 = the preset's
 optimizer = 'muon'               # 'muon' (hidden matrices, the rest AdamW) or 'adamw'
 balance = 0.5                    # >= 0 and <= 1; 0: each token weighs the same, 1: each answer, however long
-contrastive = 0.0                # >= 0; weight of SigLIP's loss: which text belongs to which image
 learning_rate = 3e-3             # > 0; of AdamW
 muon_lr = 0.02                   # > 0; of Muon
 max_iters = 1200                 # >= 0; steps
@@ -116,7 +115,7 @@ def load(items, first=0, augment=False):
         yield images, *(x if x is None else x.to(device, non_blocking=True) for x in rest)
 
 # model and optimizer ----------------------------------------------------------------------------------------
-if init_from == 'scratch':
+if init_from != 'resume':
     old = {} if overwrite or not os.path.exists(path) else load_checkpoint(path)[1]['settings']
     may_differ = ('out_dir', 'overwrite', 'init_from', 'eval_only')
     for k in (k for k in old if k not in may_differ and old[k] != settings.get(k)):
@@ -125,7 +124,8 @@ if init_from == 'scratch':
     tok = Tokenizer.make(tokenizer or cfg.tokenizer, train_set.texts, vocab_size or cfg.vocab_size)
     vit, text = (replace(c, dropout=c.dropout if dropout < 0 else dropout) for c in (cfg.vision, cfg.text))
     own = {k: settings[k] for k in ('image_size', 'block_size', 'projection') if settings[k]}
-    model = MinimalVLM(replace(cfg, vision=vit, text=text, vocab_size=tok.n_vocab, tokenizer=tok.name, **own))
+    cfg = replace(cfg, vision=vit, text=text, vocab_size=tok.n_vocab, tokenizer=tok.name, **own)
+    model = MinimalVLM(cfg) if init_from == 'scratch' else MinimalVLM.from_pretrained(init_from, cfg)
 tok = checkpoint['tokenizer'] if init_from == 'resume' else tok
 model.to(device, memory_format=torch.channels_last)
 model.vision.grad_checkpointing = model.decoder.grad_checkpointing = grad_checkpointing
@@ -264,7 +264,7 @@ while True:
     for part, weight in zip(parts, weights):
         net.require_backward_grad_sync = part is parts[-1]
         with precision:
-            loss = net(*part, return_logits=False, siglip=contrastive)[1] * weight / total
+            loss = net(*part, return_logits=False)[1] * weight / total
         scaler.scale(loss * world).backward()
         losses.append(loss.detach())
     # 4. the rate rises straight over warmup_iters, then falls straight to min_lr at lr_decay_iters

@@ -9,22 +9,20 @@
     logits over the vocabulary -> sample_top_p -> the next token, again and again: "red"
 
 Contents: 1 config, 2 building blocks, 3 vision encoder, 4 projection, 5 language decoder, 6 the model,
-7 sampling, 8 checkpoints, 9 text and pixels, 10 data, 11 command line. One Attention, one MLP and one Block
+7 sampling, 8 weights, 9 text and pixels, 10 data, 11 command line. One Attention, one MLP and one Block
 serve both stacks: ViT, SigLIP, GPT-2 and SmolLM2 differ only in a TransformerConfig. Left out: beams, tiles.
 Letters: B batch, T text tokens or queries, N visual tokens, S sequence or keys, C channels, H heads,
-K key/value heads, D channels a head, V vocabulary.
-Papers (arXiv): ViT 2010.11929, SigLIP 2303.15343, LLaVA 2304.08485, Perceiver resampler 2204.14198, GPT-2
-(Radford 2019), Llama 2302.13971, RoPE 2104.09864, grouped queries 2305.13245, SwiGLU 2002.05202.
+K heads of keys and values, D channels a head, V vocabulary. Papers (arXiv): ViT 2010.11929,
+SigLIP 2303.15343, LLaVA 2304.08485, Perceiver 2204.14198, Llama 2302.13971, RoPE 2104.09864.
 """
-import argparse, codecs, contextlib, csv, difflib, itertools, json, math, os, random, re, sys, warnings
+import argparse, codecs, contextlib, csv, difflib, itertools, json, math, mmap, os, random, re, sys, warnings
 from collections import Counter, OrderedDict, defaultdict
 from dataclasses import asdict, dataclass, replace
 import tiktoken, torch, torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
-from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
-from torchvision.transforms import v2
+from torch.nn import functional as F, utils
+from torchvision.transforms.v2 import ColorJitter, Compose, RandomResizedCrop, functional as TF
 
 class UserError(ValueError):
     """What a user typed, or a file holds, is wrong: the runners print one line, without a traceback."""
@@ -35,8 +33,7 @@ def explained(message, *kinds):
     try:
         yield
     except kinds or Exception as e:      # hostile files make Pillow and pickle fail in any way there is
-        raise UserError(f'{message} ({type(e).__name__}: {(str(e) or "?").splitlines()[0][:150]})') from e
-
+        raise UserError(f'{message} ({type(e).__name__}: {" ".join(str(e).split())[:300]})') from e
 # 1. Config --------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class TransformerConfig:
@@ -54,10 +51,6 @@ class TransformerConfig:
     bias: bool = True                # in linear layers and layer norms
     dropout: float = 0.0             # on what each attention and each MLP adds
 
-    def __post_init__(self):
-        if self.n_embd % self.n_head or self.n_head % (self.n_kv_head or self.n_head):
-            raise UserError(f'n_embd={self.n_embd} must divide by n_head={self.n_head}, that by n_kv_head')
-
 @dataclass(frozen=True)
 class VLMConfig:
     """Vision encoder, projection, decoder, and how the model wants its pixels and its prompts."""
@@ -73,7 +66,6 @@ class VLMConfig:
     image_resize: str = 'squash'     # 'squash': the aspect ratio is lost; 'crop': the centre is kept
     projection: str = 'mlp'          # 'linear', 'mlp', 'pixel_shuffle' or 'perceiver'
     projection_hidden: int = 2048    # 'mlp': its width
-    projection_bias: bool = True
     shuffle_factor: int = 2          # 'pixel_shuffle': f x f cells become one visual token (space to depth)
     n_latents: int = 32              # 'perceiver': visual tokens it returns
     input_norm: bool = False         # normalise what enters the decoder: images and words on one scale
@@ -90,35 +82,32 @@ class VLMConfig:
     longest_prompt = property(lambda c: (c.block_size - c.n_visual) // 2)    # the rest is for the answer
 
     def __post_init__(self):
+        for c in (self.vision, self.text):
+            if c.n_embd % c.n_head or c.n_head % (c.n_kv_head or c.n_head):
+                raise UserError(f'n_embd={c.n_embd} must divide by n_head={c.n_head}, that by n_kv_head')
         if self.image_size % (self.cell * self.factor) or self.block_size <= self.n_visual:
             raise UserError(f'image_size={self.image_size} must divide by {self.cell * self.factor}, and '
                             f'block_size={self.block_size} exceed the {self.n_visual} tokens of an image')
 
+VIT, SIGLIP = TransformerConfig(), TransformerConfig(activation='gelu_tanh')      # of B/16
+GPT2 = TransformerConfig(norm_eps=1e-5, activation='gelu_tanh')
 SMOLLM2 = TransformerConfig(30, 9, 576, n_kv_head=3, n_hidden=1536, norm='rms', norm_eps=1e-5, bias=False,
-                            activation='swiglu', position='rope', rope_base=100000.0)
-SCRATCH = dict(stem='conv', patch_size=8, input_norm=True, projection='pixel_shuffle', projection_bias=False,
-               tokenizer='bpe')          # what learned fastest from nothing
+                            activation='swiglu', position='rope', rope_base=100000.0)     # 135M
+IMAGENET = dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225), image_resize='crop')
+SCRATCH = dict(stem='conv', patch_size=8, input_norm=True, projection='pixel_shuffle', tokenizer='bpe')
 slim = lambda n_layer, n_embd, **more: TransformerConfig(n_layer, n_embd // 32, n_embd, bias=False, **more)
-PRESETS = {  # of 1.4M parameters, for drawn shapes on a laptop, of 22M, 213M and 222M
+PRESETS = {  # of 1.4M and 22M parameters, what learned fastest from nothing; then of 213M and 222M
     'tiny': VLMConfig(slim(1, 128), slim(4, 128), image_size=64, vocab_size=512, block_size=144, **SCRATCH),
     'small': VLMConfig(slim(4, 384, dropout=0.1), slim(6, 384, dropout=0.1), image_size=128, vocab_size=4096,
                        block_size=192, **SCRATCH),
-    'base': VLMConfig(text=TransformerConfig(norm_eps=1e-5, activation='gelu_tanh'), class_token=True,
-                      image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225), image_resize='crop'),
-    'nanovlm': VLMConfig(TransformerConfig(activation='gelu_tanh'), SMOLLM2, projection='pixel_shuffle',
-                         projection_bias=False, image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0),
-                         vocab_size=49152, tokenizer='tokenizer.json', prompt_template='Question: {} Answer:',
-                         caption_prompt='What is in this image?')}
-
+    'base': VLMConfig(VIT, GPT2, class_token=True, **IMAGENET),
+    'nanovlm': VLMConfig(SIGLIP, SMOLLM2, projection='pixel_shuffle', vocab_size=49152, image_mean=(0.0,) * 3,
+                         image_std=(1.0,) * 3, tokenizer='tokenizer.json', caption_prompt='What is this?',
+                         prompt_template='Question: {} Answer:')}
 # 2. Building blocks -----------------------------------------------------------------------------------------
 def make_norm(cfg):
-    size = cfg.n_embd, cfg.norm_eps
-    return nn.RMSNorm(*size) if cfg.norm == 'rms' else nn.LayerNorm(*size, bias=cfg.bias)
-
-def rope_table(length, dim, base):
-    """Cosine and sine of each position's angles, (2,length,dim/2): some pairs turn fast, some slowly."""
-    angle = torch.outer(torch.arange(length).float(), base ** (-torch.arange(0, dim, 2).float() / dim))
-    return torch.stack([angle.cos(), angle.sin()])
+    if cfg.norm == 'rms': return nn.RMSNorm(cfg.n_embd, cfg.norm_eps)
+    return nn.LayerNorm(cfg.n_embd, cfg.norm_eps, bias=cfg.bias)
 
 def rotate(x, rope):
     """Turns each pair (i, i + D/2) of x (B,H,S,D) by its angle, so that q.k depends on distance alone."""
@@ -130,8 +119,7 @@ def attend(q, k, v, mask=None):
     """softmax(QK^T / sqrt(D)) V, spelled out: F.scaled_dot_product_attention, with the map that it hides.
     q (B,H,T,D), k and v (B,H,S,D), mask True where a query may attend -> y (B,H,T,D), att (B,H,T,S)."""
     att = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))        # (B,H,T,D) x (B,H,D,S) -> (B,H,T,S)
-    if mask is not None:
-        att = att.masked_fill(~mask, float('-inf'))
+    if mask is not None: att = att.masked_fill(~mask, float('-inf'))
     att = att.softmax(dim=-1)
     return att @ v, att                                          # (B,H,T,S) x (B,H,S,D) -> (B,H,T,D)
 
@@ -152,38 +140,33 @@ class Attention(nn.Module):
         context, D, groups = x if context is None else context, self.head_dim, self.n_head // self.n_kv_head
         q = self.q(x).unflatten(-1, (-1, D)).transpose(1, 2)                                   # (B,H,T,D)
         k, v = self.kv(context).unflatten(-1, (-1, D)).transpose(1, 2).chunk(2, dim=1)         # (B,K,S,D)
-        if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
+        if rope is not None: q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             kv, known = cache
             kv[0, :, :, known:known + T], kv[1, :, :, known:known + T] = k, v
             k, v = kv[:, :, :, :known + T]
         # is_causal lines up the first query with the first key: right for a whole sequence, not on a cache
-        causal = self.causal and mask is None
+        causal = self.causal and mask is None and T == k.size(2)
         # backward in bf16, PyTorch's fused kernel for CPUs takes seven times as long as the spelled-out lines
         if self.maps is None and not (q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad):
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=groups > 1)
         else:
             mask = q.new_ones(T, T).tril().bool() if causal else mask
             y, att = attend(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), mask)
-            if self.maps is not None:
-                self.maps.append(att)
+            if self.maps is not None: self.maps.append(att)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 class MLP(nn.Module):
-    """Linear, activation, linear; in SwiGLU one half of the first, activated, gates the other."""
+    """Linear, activation, linear; in SwiGLU a third linear map, activated, gates the first."""
     def __init__(self, cfg):
         super().__init__()
-        self.activation, hidden = cfg.activation, cfg.n_hidden or 4 * cfg.n_embd
-        self.up = nn.Linear(cfg.n_embd, hidden * (2 if cfg.activation == 'swiglu' else 1), bias=cfg.bias)
-        self.down = nn.Linear(hidden, cfg.n_embd, bias=cfg.bias)
+        C, hidden, self.tanh = cfg.n_embd, cfg.n_hidden or 4 * cfg.n_embd, cfg.activation == 'gelu_tanh'
+        self.up, self.down = nn.Linear(C, hidden, cfg.bias), nn.Linear(hidden, C, cfg.bias)
+        self.gate = nn.Linear(C, hidden, cfg.bias) if cfg.activation == 'swiglu' else None
 
     def forward(self, x):
-        x = self.up(x)
-        if self.activation == 'swiglu':
-            gate, x = x.chunk(2, dim=-1)
-            return self.down(F.silu(gate) * x)
-        return self.down(F.gelu(x, approximate='tanh' if self.activation == 'gelu_tanh' else 'none'))
+        if self.gate is not None: return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(F.gelu(self.up(x), approximate='tanh' if self.tanh else 'none'))
 
 class Block(nn.Module):
     """Pre-norm: the residual stream x is only ever added to."""
@@ -208,10 +191,8 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             if self.grad_checkpointing and self.training:
                 x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, **options)
-            else:
-                x = block(x, cache=cache and (cache[0][i], cache[1]), **options)
+            else: x = block(x, cache=cache and (cache[0][i], cache[1]), **options)
         return self.norm(x)
-
 # 3. Vision encoder ------------------------------------------------------------------------------------------
 def conv_stem(width, patch_size):
     """(B,3,h,w) -> (B,width,h/p,w/p), p 4 to 32: log2(p) + 1 convolutions. Max-pooling keeps edges sharp."""
@@ -232,9 +213,8 @@ class VisionEncoder(Transformer):
 
     def forward(self, images):
         """images (B,3,H,W), normalised -> features (B,grid*grid,C), row by row."""
-        patches = x = self.stem(images).flatten(2).transpose(1, 2)       # (B,C,h,w) -> (B,h*w,C)
-        if self.class_token is not None:
-            x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
+        patches = x = self.stem(images).flatten(2).mT                    # (B,C,h,w) -> (B,h*w,C)
+        if self.class_token is not None: x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
         return self.run(x + self.position)[:, -patches.size(1):]         # without the class token
 
 class ResNetEncoder(nn.Sequential):
@@ -244,15 +224,13 @@ class ResNetEncoder(nn.Sequential):
         super().__init__(OrderedDict(list(net.named_children())[:-2]))   # all but pooling and classifier
         self.width = net.fc.in_features
 
-    def forward(self, images):
-        return super().forward(images).flatten(2).transpose(1, 2)
-
+    forward = lambda self, images: super().forward(images).flatten(2).mT
 # 4. Projection ----------------------------------------------------------------------------------------------
 class MultimodalProjection(nn.Module):
     """Features (B,grid*grid,width) -> tokens (B,N,C) of the decoder's width; pixel shuffle joins cells."""
     def __init__(self, cfg, width):
         super().__init__()
-        self.grid, self.factor, bias = cfg.grid, cfg.factor, cfg.projection_bias
+        self.grid, self.factor, bias = cfg.grid, cfg.factor, cfg.projection != 'pixel_shuffle'
         d_in, d_out, inner = width * self.factor ** 2, cfg.text.n_embd, cfg.projection_hidden
         self.proj, self.resampler = nn.Linear(d_in, d_out, bias=bias), None
         if cfg.projection == 'mlp':              # LLaVA 1.5
@@ -267,7 +245,6 @@ class MultimodalProjection(nn.Module):
         if self.resampler is not None:
             x = self.resampler.run(self.latents.expand(len(x), -1, -1), context=self.norm(x))
         return x
-
 # 5. Language decoder ----------------------------------------------------------------------------------------
 class LanguageDecoder(Transformer):
     """GPT-2 or Llama, by config alone. It takes embeddings, not ids: an image has no ids."""
@@ -276,18 +253,18 @@ class LanguageDecoder(Transformer):
         C, self.learned = cfg.text.n_embd, cfg.text.position == 'learned'
         self.embedding = nn.Embedding(cfg.vocab_size, C)
         self.norm_in = nn.LayerNorm(C, elementwise_affine=False) if cfg.input_norm else nn.Identity()
-        rope = rope_table(cfg.block_size, C // cfg.text.n_head, cfg.text.rope_base)
         self.position = nn.Parameter(torch.zeros(cfg.block_size, C)) if self.learned else None
-        self.register_buffer('rope', None if self.learned else rope, persistent=False)
-
+        # RoPE: at each position an angle for each pair of channels; some pairs turn fast, some slowly
+        place, pair = (torch.arange(n, device='cpu') for n in (cfg.block_size, C // cfg.text.n_head // 2))
+        angle = torch.outer(place.float(), cfg.text.rope_base ** (-pair / len(pair)))
+        rope = None if self.learned else torch.stack([angle.cos(), angle.sin()])     # (2,block_size,D/2)
+        self.register_buffer('rope', rope, persistent=False)
     head = lambda self, h: F.linear(h, self.embedding.weight)    # (...,C) -> logits (...,V): tied
 
     def forward(self, x, positions, mask=None, cache=None):
         """x (B,S,C), positions (S,) or (B,S) -> hidden states (B,S,C), ready for the head."""
-        if self.learned:
-            return self.run(x + F.embedding(positions, self.position), cache, mask=mask)
+        if self.learned: return self.run(x + F.embedding(positions, self.position), cache, mask=mask)
         return self.run(x, cache, mask=mask, rope=self.rope[:, positions].unsqueeze(-3))      # (2,..,1,S,D/2)
-
 # 6. The whole model -----------------------------------------------------------------------------------------
 class MinimalVLM(nn.Module):
     def __init__(self, cfg):
@@ -300,74 +277,72 @@ class MinimalVLM(nn.Module):
 
     def init_weights(self):
         """As GPT-2: std 0.02, less for what writes to the residual stream; convolutions keep PyTorch's."""
-        depth = {'vision': self.cfg.vision.n_layer, 'projection': 2, 'decoder': self.cfg.text.n_layer}
-        for name, p in self.named_parameters():
+        for name, p in self.named_parameters():      # beside inputs of std 1, positions of 0.02 would drown
+            std = 0.5 if name == 'decoder.position' and self.cfg.input_norm else 0.02
             if name.endswith(('attn.out.weight', 'mlp.down.weight')):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * depth[name.split('.')[0]]))
-            elif p.dim() == 2:           # beside inputs of std 1 (input_norm) positions of 0.02 would drown
-                nn.init.normal_(p, std=0.5 if name == 'decoder.position' and self.cfg.input_norm else 0.02)
-            elif name.endswith('bias'):
-                nn.init.zeros_(p)
+                std /= math.sqrt(2 * len(self.get_submodule(name.split('.blocks')[0]).blocks))
+            if p.dim() == 2: nn.init.normal_(p, std=std)
+            elif name.endswith('bias'): nn.init.zeros_(p)
+
+    @classmethod
+    def from_pretrained(cls, paths, cfg=PRESETS['nanovlm']):
+        """A model of cfg with the public weights of files or folders, commas between: of all of it, or of its
+        encoder and decoder, with a random projection. Positions fit another image size by interpolation."""
+        state = {k: x for path in paths.split(',') for k, x in read_public(path).items()}
+        p, extra = state.get('vision.position'), int(cfg.class_token)
+        if p is not None and len(p) != extra + cfg.grid ** 2:
+            side = math.isqrt(len(p) - extra)
+            cells = F.interpolate(p[extra:].T.reshape(1, -1, side, side), (cfg.grid,) * 2, mode='bicubic')
+            state['vision.position'] = torch.cat([p[:extra], cells.flatten(2)[0].T])
+        whole = 'projection.proj.weight' in state
+        with torch.device('meta' if whole else 'cpu'): model = cls(cfg)      # no memory for what is replaced
+        rest = {} if whole else {f'projection.{k}': x for k, x in model.projection.state_dict().items()}
+        with explained(f'{paths} does not fit'): model.load_state_dict(rest | state, assign=True)
+        return model
 
     def see(self, images):
         """images (B,3,H,W) or (3,H,W), bytes or normalised floats -> visual tokens (B,N,C); None: (1,0,C)."""
-        if images is None:
-            return self.decoder.embedding.weight.new_zeros(1, 0, self.cfg.text.n_embd)
-        images, size = images if images.dim() == 4 else images[None], self.cfg.image_size
-        assert images.shape[1:] == (3, size, size), f"{images.shape} is not image_transform's {size} x {size}"
-        if images.dtype == torch.uint8:
-            images = v2.functional.normalize(images.float() / 255, self.cfg.image_mean, self.cfg.image_std)
+        if images is None: return self.decoder.embedding.weight.new_zeros(1, 0, self.cfg.text.n_embd)
+        images, c = images if images.dim() == 4 else images[None], self.cfg
+        assert images.shape[2:] == (c.image_size,) * 2, f"{images.shape}, but image_size={c.image_size}"
+        if images.dtype == torch.uint8: images = TF.normalize(images / 255, c.image_mean, c.image_std)
         return self.decoder.norm_in(self.projection(self.vision(images.to(next(self.parameters()).dtype))))
-
     read = lambda self, ids: self.decoder.norm_in(self.decoder.embedding(ids))     # (...,T) -> (...,T,C)
 
-    def hidden(self, visual, input_ids, start=None):
-        """Hidden states (B,N+T,C) of visual tokens (B,N,C), (1,N,C) for all rows, then texts (B,T); and N.
-        start (B,T): the column where a token's own text begins; it attends to the image and that text."""
-        x, N = torch.cat([visual.expand(len(input_ids), -1, -1), self.read(input_ids)], 1), visual.size(1)
-        steps, mask, longest = torch.arange(x.size(1), device=x.device), None, self.cfg.block_size
-        if start is not None:
-            start = F.pad(start, (N, 0))                         # (B,N+T)
-            mask = (steps <= steps[:, None]) & ((steps < N) | (steps >= N + start[:, :, None]))
-            mask, steps = mask[:, None], (steps - start).clamp(max=longest - 1)  # only padding can lie beyond
-        elif x.size(1) > longest:
-            raise UserError(f'{x.size(1)} tokens with the image exceed block_size={longest}')
-        return self.decoder(x, steps, mask), N
+    def hidden(self, visual, input_ids, start=None, cache=None):
+        """States (B,T+1,C) of the last visual token (0 without) and of texts (B,T), behind visual (B,N,C) or
+        (1,N,C): row t is what predicts token t. start (B,T) or (B,1): the column where a token's own text
+        begins; it sees the image and that. cache: (buffer, known tokens in it, visual ones among these)."""
+        x = torch.cat([visual.expand(len(input_ids), -1, -1), self.read(input_ids)], dim=1)
+        (buffer, known, N), longest = cache or (None, 0, visual.size(1)), self.cfg.block_size
+        steps, mask = (keys := torch.arange(known + x.size(1), device=x.device))[known:], None
+        if start is not None:            # padding sees itself, or softmax gives nan, and may lie anywhere
+            start, queries = F.pad(start.expand(input_ids.shape), (visual.size(1), 0)), steps[:, None]
+            mask = (keys <= queries) & ((keys < N) | (keys >= N + start[:, :, None])) | (keys == queries)
+            mask, steps = mask[:, None], (steps - start).clamp(0, longest - 1)       # (B,1,T,S), (B,T)
+        elif len(keys) > longest: raise UserError(f'{len(keys)} tokens, more than block_size={longest}')
+        h = self.decoder(x, steps, mask, cache and (buffer, known))
+        return F.pad(h, (0, 0, 1, 0))[:, visual.size(1):]
 
-    def forward(self, images, input_ids, targets=None, start=None, weight=None, return_logits=True, siglip=0):
+    def forward(self, images, input_ids, targets=None, start=None, weight=None, return_logits=True):
         """images: see see(); input_ids (B,T) or (T,); targets: the same ids, unshifted, or -100 for no loss;
         start: see hidden(). Returns logits (B,T,V), row t predicting token t+1, or None; and the loss, nats
-        a scored token, each weighed by weight (B,T), plus siglip * siglip_loss(); None without targets."""
-        visual, ids, loss = self.see(images), torch.atleast_2d(input_ids), None
-        h, N = self.hidden(visual, ids, start)
+        a scored token, each weighed by weight (B,T), or None without targets."""
+        ids, loss = torch.atleast_2d(input_ids), None
+        h = self.hidden(self.see(images), ids, start)
         if targets is not None:
-            start, scored = torch.zeros_like(ids) if start is None else start, targets.view_as(ids) != -100
-            scored[:, 0] &= N > 0        # without an image nothing predicts the first token
-            states = self.before(h, N, start)[scored]    # few of all, and the head is wide
-            states = F.pad(states, (0, 0, 0, -len(states) % 256))      # few shapes here, too
-            logits = self.decoder.head(states)[:scored.sum()].float()
-            nats = F.cross_entropy(logits, targets.view_as(ids)[scored], reduction='none')
+            # the one shift: the state before a token predicts it, the last visual one any text's first token
+            states, targets = h[:, :-1], targets.view_as(ids)
+            if start is not None:
+                first = torch.arange(ids.size(1), device=ids.device) == start
+                states = torch.where(first[:, :, None], h[:, :1], states)
+            scored = targets != -100
+            scored[:, 0] &= images is not None       # without an image nothing predicts the first token
+            states = F.pad(states[scored], (0, 0, 0, -int(scored.sum()) % 256))      # few shapes here, too
+            logits = self.decoder.head(states)[:scored.sum()].float()    # few of all, and the head is wide
+            nats = F.cross_entropy(logits, targets[scored], reduction='none')
             loss = nats.mean() if weight is None else (nats * weight[scored]).sum() / weight[scored].sum()
-            if siglip:
-                loss = loss + siglip * self.siglip_loss(visual, ids, scored, start)
-        return (self.decoder.head(h[:, N:]) if return_logits else None), loss
-
-    def before(self, h, N, start):
-        """The state that predicts each text token, (B,T,C). The one shift: it is the state before that token,
-        and for a text's first token, also where other texts stand before it, the last visual state."""
-        first, h = torch.arange(h.size(1) - N, device=h.device) == start, F.pad(h, (0, 0, 1, 0))
-        return torch.where(first[..., None], h[:, N:N + 1], h[:, N:-1])
-
-    def siglip_loss(self, visual, ids, scored, start):
-        """Which texts (B,T), read without images, are about which image (B,N,C)? Nats a text. The cosine of
-        both mean states is scaled by 10 and biased by -10, where SigLIP starts; here both stay fixed."""
-        (B, T), (h, _) = ids.shape, self.hidden(self.see(None), ids, start)
-        rows = torch.arange(B, device=h.device)
-        texts, text = (rows[:, None] * T + start)[scored].unique(return_inverse=True)   # named by first token
-        pooled = h.new_zeros(len(texts), h.size(-1)).index_add(0, text, h[scored])      # sums: same cosine
-        cosine = F.normalize(pooled, dim=-1) @ F.normalize(visual.mean(1), dim=-1).T    # (texts,B)
-        own = torch.where(texts[:, None] // T == rows, 1, -1)
-        return -F.logsigmoid(own * (10 * cosine.float() - 10)).sum(1).mean()
+        return (self.decoder.head(h[:, 1:]) if return_logits else None), loss
 
     @torch.no_grad()
     def stream(self, images, prompt_ids, max_new_tokens=50, temperature=1.0, top_p=1.0, top_k=0, stop=-1,
@@ -378,37 +353,32 @@ class MinimalVLM(nn.Module):
         with contextlib.ExitStack() as afterwards:
             afterwards.callback(self.train, self.training)
             self.eval()
-            # 1. prompts behind their images, the shorter ones padded on the far left
-            prompts = prompt_ids if isinstance(prompt_ids, list) else torch.atleast_2d(prompt_ids)
-            visual = self.see(images).expand(len(prompts), -1, -1)
-            rows = [torch.cat([v, self.read(ids)]) for v, ids in zip(visual, prompts)]
-            x, shortest = pad_sequence(rows, batch_first=True, padding_side='left'), min(map(len, rows))
-            S, end = x.size(1), min(x.size(1) + max_new_tokens, self.cfg.block_size)
-            if not 0 < shortest <= S < self.cfg.block_size:
-                raise UserError(f'{shortest and S} tokens: at least 1, < block_size={self.cfg.block_size}')
-            padding = torch.tensor([[S - len(row)] for row in rows], device=x.device)           # (B,1)
-            attn, steps, kv = self.decoder.blocks[0].attn, torch.arange(end, device=x.device), None
-            if use_cache:                # of all layers, allocated once: (layer,2,B,K,end,D)
-                kv = x.new_zeros(len(self.decoder.blocks), 2, len(x), attn.n_kv_head, end, attn.head_dim)
-            def step(x, S):              # x: the last of S; padding sees itself, or softmax gives nan
-                query, key = steps[S - x.size(1):S], steps[:S]
-                mask = (key <= query[:, None]) & (key >= padding[:, :, None]) | (key == query[:, None])
-                cache = None if kv is None else (kv, S - x.size(1))              # mask (B,T,S)
-                return self.decoder(x, (query - padding).clamp(min=0), mask[:, None], cache)
+            # 1. the image, then the prompts, the shorter ones padded on their left
+            prompts = prompt_ids if isinstance(prompt_ids, list) else [*torch.atleast_2d(prompt_ids)]
+            ids = utils.rnn.pad_sequence(prompts, batch_first=True, padding_side='left')           # (B,T)
+            visual, (B, T), longest = self.see(images), ids.shape, self.cfg.block_size
+            N, shortest, attn = visual.size(1), min(map(len, prompts)), self.decoder.blocks[0].attn
+            if not 0 < N + shortest <= N + T < longest:
+                raise UserError(f'{shortest and N + T} tokens: at least 1, < block_size={longest}')
+            start = ids.new_tensor([[T - len(prompt)] for prompt in prompts]) if shortest < T else None
+            end = min(N + T + max_new_tokens, longest)       # keys and values of all layers, allocated once:
+            size = self.cfg.text.n_layer, 2, B, attn.n_kv_head, end, attn.head_dim
+            kv, visual = visual.new_zeros(size) if use_cache else None, visual.expand(B, -1, -1)
             # 2. read them, remember keys and values, and share these among the samples
-            h = step(x, S)
-            x, h, padding = (t.repeat_interleave(num_samples, 0) for t in (x, h, padding))
-            kv = None if kv is None else kv.repeat_interleave(num_samples, 2)
+            h = self.hidden(visual, ids, start, (kv, 0, N) if use_cache else None)
+            if start is not None: h = torch.where(start[:, :, None] < T, h, h[:, :1])    # or the image alone
+            visual, ids, start, h, kv = (x if x is None else x.repeat_interleave(num_samples, dim)
+                                         for x, dim in zip((visual, ids, start, h, kv), (0, 0, 0, 0, 2)))
             # 3. say a token, read it, and again
-            done = torch.zeros(len(h), 1, dtype=torch.bool, device=x.device)
-            for S in range(S + 1, end + 1):
+            done = torch.zeros(len(h), 1, dtype=torch.bool, device=h.device)
+            for S in range(N + T, end):
                 token = sample_top_p(self.decoder.head(h[:, -1]), top_p, temperature, top_k)    # (B,1)
                 token = token.masked_fill(done, stop)
                 done |= token == stop
                 yield token
-                if S == end or done.all(): break
-                x = self.read(token) if use_cache else torch.cat([x, self.read(token)], dim=1)
-                h = step(x, S)
+                if S + 1 == end or done.all(): break
+                ids = token if use_cache else torch.cat([ids, token], 1)
+                h = self.hidden(visual[:, N * use_cache:], ids, start, (kv, S, N) if use_cache else None)
 
     def generate(self, images, prompt_ids, stop=-1, num_samples=1, **options):
         """stream(), collected: (B * num_samples, T+new) ids; for a list of prompts a list of (T_i+new_i,), in
@@ -424,25 +394,63 @@ class MinimalVLM(nn.Module):
     @torch.no_grad()
     def score(self, image, prompt_ids, choices):
         """Log-probability (n,) of each of n answers, ids (T_i,) each, after an image and a prompt (T,)."""
-        ids = pad_sequence([torch.cat([prompt_ids, choice]) for choice in choices], batch_first=True)
-        targets = pad_sequence(choices, batch_first=True, padding_value=-100)                   # (n,T)
-        logits = self.decoder.head(self.before(*self.hidden(self.see(image), ids), 0)[:, len(prompt_ids):])
+        ids = utils.rnn.pad_sequence([torch.cat([prompt_ids, ids]) for ids in choices], batch_first=True)
+        targets = utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-100)                # (n,T)
+        logits = self.decoder.head(self.hidden(self.see(image), ids)[:, len(prompt_ids):-1])
         return -F.cross_entropy(logits.float().transpose(1, 2), targets, reduction='none').sum(1)
-
 # 7. Sampling ------------------------------------------------------------------------------------------------
 def sample_top_p(logits, p=0.9, temperature=1.0, top_k=0):
     """Draws from the smallest set of tokens whose probability reaches p, the one that crosses p included
     (1904.09751), after temperature, 0 = greedy, and top_k, 0 = all. logits (B,V), (V,) -> ids (B,1), (1,)."""
     if temperature < 0 or top_k < 0 or not 0 < p <= 1:
         raise UserError(f'temperature={temperature} and top_k={top_k} must be >= 0, top_p={p} > 0 and <= 1')
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
+    if temperature == 0: return logits.argmax(dim=-1, keepdim=True)
     logits, order = logits.float().topk(min(top_k or logits.size(-1), logits.size(-1)))     # likeliest first
     probs = ((logits - logits[..., :1]) / temperature).softmax(dim=-1)
     probs = probs.masked_fill((probs.cumsum(dim=-1) - probs >= p) & (p < 1), 0.0)    # those before reach p
     return order.gather(-1, torch.multinomial(probs, 1))
+# 8. Weights: public ones, and checkpoints -------------------------------------------------------------------
+NAMES = (    # ours, and what they replace, in this order, of ViT, ResNet, SigLIP, GPT-2, Llama, nanoVLM files
+    ('unused', r'^(text_model|logit|heads|fc|(vision_model.)?head.(?!w)).*|.*(_freq|\.attn\.(masked_)?bias)'),
+    ('vision.', r'^vision_(model|encoder)\.|^(?=class_|conv|bn1|layer\d|encoder\.|embeddings|post_)'),
+    ('decoder.', r'^(transformer|model|decoder)\.|^(?=wte|wpe|h\.|ln_f|lm_head)'), ('projection.', r'^MP\.'),
+    ('blocks.', r'(encoder\.)?\b(layers|h)\.(encoder_layer_)?'), ('attn', 'self_(attn|attention)'),
+    ('stem', r'conv_proj|(embeddings\.)?patch_embedding(\.conv)?(?=\.(weight|bias))'),
+    ('position', r'(\w+\.)?pos(ition)?_embedding(\.weight)?$|wpe\.weight'), ('norm1', 'input_layernorm'),
+    ('norm2', r'post_att\w+norm'), (r'norm\2', '(ln_?|layer_norm)([12])'), ('mlp.up', r'mlp\.(0|fc1|c_fc)'),
+    ('norm', r'(encoder\.)?\bln\b|ln_f|post_layernorm|layer_norm\b'), ('attn.out', r'attn\.(out|o|c)_proj'),
+    ('embedding', r'embed_tokens|wte|token_embedding|\b(lm_)?head'), ('mlp.down', r'mlp\.(3|fc2|c_proj)'),
+    ('qkv.', r'in_proj_|c_attn\.'), (r'.\1', r'\.(qkv|q|k|v|gate|up|down)_proj'))
 
-# 8. Checkpoints ---------------------------------------------------------------------------------------------
+def read_safetensors(path):
+    """Yields (name, tensor), memory-mapped: read when used. A file is the length of a header in 8 bytes, the
+    header, JSON with dtype, shape and data_offsets of each name, and the data."""
+    with open(path, 'rb') as f: data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)     # changes stay
+    dtypes = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64)
+    start = 8 + int.from_bytes(data[:8], 'little')
+    for name, entry in json.loads(data[8:start]).items():
+        if name == '__metadata__': continue
+        dtype, n, (first, end) = dtypes[entry['dtype']], math.prod(entry['shape']), entry['data_offsets']
+        if not 0 <= first <= end <= len(data) - start or end - first != n * dtype.itemsize:
+            raise ValueError(f'{name} cannot be {entry} in a file of {len(data)} bytes')
+        yield name, torch.frombuffer(data, dtype=dtype, offset=start + first, count=n).view(entry['shape'])
+
+def read_public(path):
+    """{our name: fp32 tensor} of a file, or of a folder's model.safetensors, transposed, split and joined."""
+    path, state = f'{path}/model.safetensors' if os.path.isdir(path) else path, {}
+    with explained(f'{path}: no public weights that can be read'):
+        safe = path.endswith('.safetensors')
+        for public, x in read_safetensors(path) if safe else torch.load(path, weights_only=True).items():
+            name, x = public, x.T.contiguous() if re.search(r'\bc_.*weight', public) else x      # GPT-2's
+            for ours, theirs in NAMES: name = re.sub(theirs, ours, name)
+            parts = x.tensor_split([len(x) // 3]) if 'qkv' in name else [x]     # q, and k with v
+            for name, x in zip((name.replace('qkv', 'q'), name.replace('qkv', 'kv')), parts):
+                if name in state and not torch.equal(state[name], x): raise ValueError(f'two of {public}')
+                if name != 'unused': state[name] = x.float() if x.is_floating_point() else x
+        for k in [name for name in state if '.k.' in name]:
+            state[k.replace('.k.', '.kv.')] = torch.cat([state.pop(k), state.pop(k.replace('.k.', '.v.'))])
+    return {name: x.squeeze(0) if 'position' in name else x for name, x in state.items()}
+
 def save_checkpoint(path, model, tokenizer, **more):
     """Writes all to one file or leaves the old one: the new is written beside it, then takes its place."""
     more.update(model=model.state_dict(), config=asdict(model.cfg), tokenizer=tokenizer.state)
@@ -455,6 +463,8 @@ def save_checkpoint(path, model, tokenizer, **more):
 
 def load_checkpoint(path, device='cpu'):
     """-> model, checkpoint: a dictionary, its 'tokenizer' ready to use. Runs no code in the file."""
+    if os.path.isdir(path):              # of nanoVLM's public weights and their tokenizer
+        return MinimalVLM.from_pretrained(path).to(device), {'tokenizer': Tokenizer.make(path)}
     if not os.path.isfile(path):
         raise UserError(f'no {path} yet: `python train.py --out_dir={os.path.dirname(path) or "."}` makes it')
     with explained(f'{path} is damaged, or no checkpoint of this version of vlm.py'):
@@ -464,9 +474,9 @@ def load_checkpoint(path, device='cpu'):
         model.load_state_dict(checkpoint.pop('model'))
         checkpoint['tokenizer'] = Tokenizer(**checkpoint['tokenizer'])
     return model.to(device), checkpoint
-
 # 9. Text and pixels -----------------------------------------------------------------------------------------
 PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"  # as SmolLM2
+WORDS = PIECES.replace(r'|\p{N}|', r'| ?\p{N}+|').replace(r'|\s+(?=\p{N})', '')       # as GPT-2
 END = '<|endoftext|>'
 Image.MAX_IMAGE_PIXELS = 40_000_000      # Pillow refuses twice as many: a small file can claim to be huge
 
@@ -476,32 +486,37 @@ class Tokenizer:
     def __init__(self, name, ranks, special, pieces=PIECES):
         self.state = dict(name=name, ranks=ranks, special=special, pieces=pieces)
         ranks = {token.encode('latin-1'): i for token, i in ranks.items()}
-        self.encoding = tiktoken.Encoding(name, pat_str=pieces, mergeable_ranks=ranks, special_tokens=special)
-        self.bytes = dict(zip(ranks.values(), ranks))
-        self.name, self.n_vocab, self.eos = name, self.encoding.n_vocab, special[END]
-        self.encode = self.encoding.encode_ordinary      # text -> ids; special tokens spelled out are text
-
+        encoding = tiktoken.Encoding(name, pat_str=pieces, mergeable_ranks=ranks, special_tokens=special)
+        self.bytes, self.encode = dict(zip(ranks.values(), ranks)), encoding.encode_ordinary    # text -> ids
+        self.name, self.n_vocab, self.eos = name, encoding.n_vocab, special[END]
     decode = lambda self, ids: ''.join(self.stream(ids))
 
     def stream(self, ids):
         """Text as ids come in. Special ids are silent; a character in several tokens waits for its last."""
         utf8 = codecs.getincrementaldecoder('utf-8')(errors='replace')
-        for i in ids:
-            yield utf8.decode(self.bytes.get(int(i), b''))
+        for i in ids: yield utf8.decode(self.bytes.get(int(i), b''))
         yield utf8.decode(b'', final=True)
 
     @classmethod
     def make(cls, name, texts=(), vocab_size=0):
-        """'bytes', 'bpe' (learned from texts), or 'gpt2' (which tiktoken downloads once)."""
-        if name == 'gpt2':
-            with explained('tiktoken could not download gpt2: go online once, or use --tokenizer=bpe'):
+        """'bytes', 'bpe' (learned from texts), 'gpt2' (tiktoken downloads it), or the path of a Hugging Face
+        tokenizer.json, or of its folder: of a byte-level BPE whose ids follow its merges."""
+        if name in ('bytes', 'bpe'):
+            ranks = learn_bpe(map(str.strip, texts), vocab_size - 1 if name == 'bpe' else 256)
+            return cls(name, ranks, {END: len(ranks)})
+        with explained(f'tokenizer={name} is not to be had here; --tokenizer=bpe and bytes always are'):
+            if name == 'gpt2':
                 gpt2 = tiktoken.get_encoding('gpt2')
-            ranks = {token.decode('latin-1'): i for token, i in gpt2._mergeable_ranks.items()}
-            return cls(name, ranks, {END: gpt2.eot_token}, gpt2._pat_str)
-        if name not in ('bpe', 'bytes'):
-            raise UserError(f'tokenizer={name} cannot be made here: use --tokenizer=bpe, bytes or gpt2')
-        ranks = learn_bpe(map(str.strip, texts), vocab_size - 1 if name == 'bpe' else 256)
-        return cls(name, ranks, {END: len(ranks)})
+                ranks = {token.decode('latin-1'): i for token, i in gpt2._mergeable_ranks.items()}
+                return cls(name, ranks, {END: gpt2.eot_token}, gpt2._pat_str)
+            with open(name + '/tokenizer.json' * os.path.isdir(name), 'rb') as f: data = json.load(f)
+            vocab, special = data['model']['vocab'], {t['content']: t['id'] for t in data['added_tokens']}
+            merges = [vocab[''.join(m).replace(' ', '')] for m in data['model']['merges']]   # pairs or "a b"
+            if merges != sorted(merges): raise ValueError('its ids do not follow its merges')
+            clear = {*range(33, 127), *range(161, 173), *range(174, 256)}        # bytes written as themselves
+            others = {256 + n: b for n, b in enumerate(sorted({*range(256)} - clear))}
+            ranks = {token.translate(others): i for token, i in vocab.items() if token not in special}
+            return cls(name, ranks, special, PIECES if '"Digits"' in json.dumps(data) else WORDS)
 
 def learn_bpe(texts, size):
     """Byte-pair encoding (1508.07909): the most frequent pair becomes a token -> {token as latin-1: rank}."""
@@ -513,8 +528,7 @@ def learn_bpe(texts, size):
         for pair in zip(tokens, tokens[1:]):
             pairs[pair] += sign * counts[i]
             where[pair].add(i)
-    for i in range(len(words)):
-        tally(i, 1)
+    for i in range(len(words)): tally(i, 1)
     while len(ranks) < size and pairs and pairs[best := max(pairs, key=pairs.get)] > 1:
         ranks.setdefault(''.join(best), len(ranks))      # two pairs may spell the same token
         for i in where.pop(best):
@@ -533,8 +547,7 @@ def open_image(path, size=0):
 def to_rgb(image):
     """Any Pillow image as upright 8-bit RGB: EXIF rotation, deep grey scaled, alpha over white, frame 1."""
     image.load()
-    with contextlib.suppress(Exception):     # a broken EXIF block does not spoil the picture
-        image = ImageOps.exif_transpose(image)
+    with contextlib.suppress(Exception): image = ImageOps.exif_transpose(image)  # broken EXIF spoils nothing
     if image.mode[0] in 'IF':                # 16 or 32 bits a pixel
         high = image.getextrema()[1]
         white = 65535 if image.mode != 'F' and 255 < high < 65536 else max(high, 255)
@@ -546,11 +559,10 @@ def to_rgb(image):
 def image_transform(cfg, augment=False):
     """A function from Pillow images to bytes (3,H,W). augment: crops, colours; no mirrors: texts say left."""
     size, bilinear = (cfg.image_size, cfg.image_size), Image.Resampling.BILINEAR
-    vary = v2.Compose([v2.RandomResizedCrop(size, scale=(0.5, 1.0)), v2.ColorJitter(0.3, 0.3, 0.3, 0.03)])
-    squash = lambda image: image.resize(size, bilinear, reducing_gap=1.0)
-    crop = lambda image: ImageOps.fit(image, size, bilinear)
+    vary = Compose([RandomResizedCrop(size, scale=(0.5, 1.0)), ColorJitter(0.3, 0.3, 0.3, 0.03)])
+    crop, squash = lambda x: ImageOps.fit(x, size, bilinear), lambda x: x.resize(size, bilinear, None, 1.0)
     fit = vary if augment else crop if cfg.image_resize == 'crop' else squash
-    return lambda image: v2.functional.pil_to_tensor(fit(to_rgb(image)))
+    return lambda image: TF.pil_to_tensor(fit(to_rgb(image)))
 
 def encode_prompt(tokenizer, cfg, prompt):
     """A prompt, put as the model wants it, as ids; an empty one asks for a caption."""
@@ -567,14 +579,12 @@ def collate(items, cfg, tokenizer, transform):
             prompt = encode_prompt(tokenizer, cfg, prompt)[:cfg.longest_prompt]
             answer = (tokenizer.encode(' ' + answer.strip()) + [tokenizer.eos])[:room - len(prompt)]
             start += [len(ids)] * len(prompt + answer)
-            ids += prompt + answer
-            targets += [-100] * len(prompt) + answer
+            ids, targets = ids + prompt + answer, targets + [-100] * len(prompt) + answer
         images.append(transform(image))
         rows.append((ids, targets, start))
     longest = -(-max(len(ids) for ids, *_ in rows) // 16) * 16    # few shapes: a CPU keeps a kernel for each
     pad = lambda rows, value: torch.tensor([row + [value] * (longest - len(row)) for row in rows])
     return torch.stack(images), *map(pad, [*zip(*rows)][:2 + (len(images) < len(items))], (0, -100, 0))
-
 # 10. Data ---------------------------------------------------------------------------------------------------
 COLORS = {'red': (225, 40, 40), 'green': (40, 170, 70), 'blue': (40, 80, 225), 'yellow': (240, 215, 40),
           'orange': (245, 135, 25), 'purple': (145, 55, 190), 'cyan': (60, 205, 225), 'black': (35, 35, 35)}
@@ -594,15 +604,12 @@ class Shapes(torch.utils.data.Dataset):
     UNSEEN pair in picture or words, 'novel' only such. kind: 'mixed', 'caption', 'question', a QUESTION."""
     def __init__(self, split, seed=0, kind='mixed', pixels=128):
         self.split, self.seed, self.kind, self.pixels = split, seed, kind, pixels
-        pairs = (f'{color} {shape}' for color in COLORS for shape in SHAPES)
-        self.pairs = [pair for pair in pairs if (pair in UNSEEN) == (split == 'novel')]
-
+        pairs = itertools.product(COLORS, SHAPES)
+        self.pairs = [p for p in map(' '.join, pairs) if (p in UNSEEN) == (split == 'novel')]
     __len__ = lambda self: 1_000_000
     n_images = property(__len__)
     texts = property(lambda self: (' '.join(item[1:]) for i in range(400) for item in self.about(i)))
-
-    def __getitem__(self, index):
-        return (items := self.about(index))[index % len(items)]
+    __getitem__ = lambda self, index: (items := self.about(index))[index % len(items)]
 
     def about(self, index):
         """All items about scene number index, of the kinds that suit it: a caption first, then questions."""
@@ -663,12 +670,17 @@ class Shapes(torch.utils.data.Dataset):
             return f'is the {t.shape} left or right of the {u.shape}?', side
 
 def read_captions(path):
-    """Yields (image name, prompt, answer) of a caption file: .csv, .txt, .jsonl, COCO's or LLaVA's .json."""
+    """Yields (image name, prompt, answer) of a caption file, .csv, .txt, .jsonl, COCO's or LLaVA's .json,
+    or of a folder of folders named after what is on their images."""
+    if os.path.isdir(path):
+        files = (f'{folder}/{name}' for folder, _, names in os.walk(os.path.abspath(path)) for name in names)
+        for file in (f for f in files if f.lower().endswith(tuple(Image.registered_extensions()))):
+            what = os.path.basename(os.path.dirname(file)).replace('_', ' ')
+            yield os.path.relpath(file, path), 'what is this?', what
+        return
     with open(path, encoding='utf-8-sig', newline='') as f:
-        if path.endswith('.jsonl'):
-            rows = [json.loads(line) for line in f if line.strip()]
-        elif not path.endswith('.json'):
-            rows = list(csv.DictReader(f))
+        if path.endswith('.jsonl'): rows = [json.loads(line) for line in f if line.strip()]
+        elif not path.endswith('.json'): rows = list(csv.DictReader(f))
         elif isinstance(data := json.load(f), dict):
             files = {image['id']: image['file_name'] for image in data['images']}
             rows = [{'image': files.get(a['image_id'], a['image_id']), **a} for a in data['annotations']]
@@ -682,18 +694,14 @@ def read_captions(path):
         yield str(image), str(prompt).strip(), str(text).strip()
 
 class CaptionedImages(torch.utils.data.Dataset):
-    """Items (PIL image, prompt, answer) from rows (image name, prompt, answer), kept as a block of bytes that
-    forked workers share. An unreadable image is named once and marked bad; the next one stands in."""
-    def __init__(self, rows, folder, source, size=0):
-        texts = defaultdict(list)
-        for name, *text in sorted(rows):
-            texts[name].append(text)
+    """Items (PIL image, prompt, answer) from {image name: [[prompt, answer], ...]}, kept as a block of bytes
+    that forked workers share. An unreadable image is named once, marked bad, and the next one stands in."""
+    def __init__(self, texts, folder, source, size=0):
+        self.folder, self.source, self.size, self.n_images = folder, source, size, len(texts)
         entries = [json.dumps(entry).encode() for entry in texts.items()]    # [name, [[prompt, answer], ...]]
         self.ends, self.block = torch.tensor([0, *map(len, entries)]).cumsum(0), b''.join(entries)
         self.first = torch.tensor([0, *map(len, texts.values())]).cumsum(0)      # item of each image
-        self.folder, self.source, self.size, self.n_images = folder, source, size, len(texts)
         self.bad = torch.zeros(self.n_images, dtype=torch.uint8).share_memory_()
-
     __len__ = lambda self: int(self.first[-1])
     entry = lambda self, i: json.loads(self.block[self.ends[i]:self.ends[i + 1]])
     texts = property(lambda self: (' '.join(t) for i in range(self.n_images) for t in self.entry(i)[1]))
@@ -718,33 +726,25 @@ class CaptionedImages(torch.utils.data.Dataset):
         raise UserError(f'{self.source}: not one of its {self.n_images} images can be read')
 
 def make_dataset(spec, split='train', image_dir='', val_spec='', size=0, seed=0):
-    """'shapes', a caption file, or a folder of class-named folders -> items (PIL image, prompt, answer).
-    split: 'train', 'val', for shapes also 'novel'. Without val_spec a fixed 5 % of the images is held out.
-    image_dir: where the images are, if not beside the file or in images/ there."""
-    if spec == 'shapes':
-        return Shapes(split, seed)
-    path = val_spec if split == 'val' and val_spec else spec
-    beside = path if os.path.isdir(path) else os.path.dirname(path) or '.'
+    """Items (PIL image, prompt, answer) of 'shapes', a caption file or a folder. split: 'train', 'val', or of
+    shapes 'novel'. Without val_spec 5 % of the images are held out. image_dir: see the README."""
+    if spec == 'shapes': return Shapes(split, seed)
+    path, texts = val_spec if split == 'val' and val_spec else spec, defaultdict(list)
     with explained(f'dataset={path} is neither shapes nor a folder, and not a caption file as in the README'):
-        rows = list(read_captions(path)) if not os.path.isdir(path) else [
-            (os.path.relpath(f'{d}/{file}', path), 'what is this?', os.path.basename(d).replace('_', ' '))
-            for d, _, files in os.walk(os.path.abspath(path)) for file in files
-            if file.lower().endswith(tuple(Image.registered_extensions()))]
-    names = sorted({name for name, _, _ in rows})
+        for name, *text in sorted(read_captions(path)): texts[name].append(text)
+    beside = path if os.path.isdir(path) else os.path.dirname(path) or '.'
     folders = [image_dir] if image_dir else [beside, f'{beside}/images', f'{beside}/Images']
-    found = [{name for name in names if os.path.isfile(os.path.join(folder, name))} for folder in folders]
+    found = [[name for name in texts if os.path.isfile(os.path.join(folder, name))] for folder in folders]
     there, folder = max(zip(found, folders), key=lambda pair: len(pair[0]))
     if not there:
-        raise UserError(f'{path} names {len(names)} images, and none is in {folder}: see --image_dir')
-    if missing := sorted(set(names) - there):
-        print(f'{"WARNING: " * (len(missing) > len(names) / 100)}{path}: {len(missing)} of {len(names)} '
+        raise UserError(f'{path} names {len(texts)} images, and none is in {folder}: see --image_dir')
+    if missing := sorted(texts.keys() - there):
+        print(f'{"WARNING: " * (len(missing) > len(texts) / 100)}{path}: {len(missing)} of {len(texts)} '
               f'images are missing and skipped: {", ".join(missing[:3])} ...', file=sys.stderr)
-    held_out = set(random.Random(1337).sample(names, max(1, len(names) // 20)))
-    rows = [row for row in rows if row[0] in there and (val_spec or (row[0] in held_out) == (split == 'val'))]
-    if not rows:
-        raise UserError(f'{path} has too few images to hold one out: see --val_dataset')
-    return CaptionedImages(rows, folder, path, size)
-
+    held_out = set(random.Random(1337).sample([*texts], max(1, len(texts) // 20)))
+    own = {name: texts[name] for name in there if val_spec or (name in held_out) == (split == 'val')}
+    if not own: raise UserError(f'{path} has too few images to hold one out: see --val_dataset')
+    return CaptionedImages(own, folder, path, size)
 # 11. Command line -------------------------------------------------------------------------------------------
 def override(settings, argv=None):
     """Lets `--name=value`, `--name value` and a bare `--flag` change a runner's globals: nanoGPT's way, but a
