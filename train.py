@@ -116,7 +116,7 @@ def load(items, first=0, augment=False):
 
 # model and optimizer ----------------------------------------------------------------------------------------
 if init_from != 'resume':
-    old = {} if overwrite or not os.path.exists(path) else load_checkpoint(path)[1]['settings']
+    old = {} if overwrite or not os.path.exists(path) else load_checkpoint(path)[1].get('settings', {'': '?'})
     may_differ = ('out_dir', 'overwrite', 'init_from', 'eval_only')
     for k in (k for k in old if k not in may_differ and old[k] != settings.get(k)):
         raise UserError(f'{path} is of a run with {k}={old[k]}: take another --out_dir, or --overwrite')
