@@ -32,7 +32,7 @@ batch_size = 32                  # > 0; images in a batch, over all processes
 texts_per_image = 6              # > 0; most texts of an image that go with it, so that it is encoded once
 gradient_accumulation_steps = 1  # > 0; batches in a step
 preset = 'tiny'                  # 'tiny', 'small', 'base' or 'nanovlm'; see PRESETS in vlm.py
-tokenizer = ''                   # '', 'bytes', 'bpe' (learned from the texts) or 'gpt2'; '' = the preset's
+tokenizer = ''                   # 'bytes', 'bpe' (learned), 'gpt2', a tokenizer.json; '' = the preset's ...
 vocab_size = 0                   # >= 0; most tokens for bpe to learn, 0 = the preset's
 image_size = 0                   # >= 0; pixels a side, 0 = the preset's
 block_size = 0                   # >= 0; tokens in a sequence with the image, 0 = the preset's
@@ -117,14 +117,14 @@ def load(items, first=0, augment=False):
 # model and optimizer ----------------------------------------------------------------------------------------
 if init_from != 'resume':
     old = {} if overwrite or not os.path.exists(path) else load_checkpoint(path)[1].get('settings', {'': '?'})
-    may_differ = ('out_dir', 'overwrite', 'init_from', 'eval_only')
-    for k in (k for k in old if k not in may_differ and old[k] != settings.get(k)):
+    for k in sorted({k for k in old if old[k] != settings.get(k)} - {'out_dir', 'overwrite', 'init_from'}):
         raise UserError(f'{path} is of a run with {k}={old[k]}: take another --out_dir, or --overwrite')
     cfg, checkpoint = PRESETS[preset], {'step': 0}
     tok = Tokenizer.make(tokenizer or cfg.tokenizer, train_set.texts, vocab_size or cfg.vocab_size)
     vit, text = (replace(c, dropout=c.dropout if dropout < 0 else dropout) for c in (cfg.vision, cfg.text))
     own = {k: settings[k] for k in ('image_size', 'block_size', 'projection') if settings[k]}
-    cfg = replace(cfg, vision=vit, text=text, vocab_size=tok.n_vocab, tokenizer=tok.name, **own)
+    own['vocab_size'] = tok.n_vocab if init_from == 'scratch' else cfg.vocab_size
+    cfg = replace(cfg, vision=vit, text=text, tokenizer=tok.name, **own)
     model = MinimalVLM(cfg) if init_from == 'scratch' else MinimalVLM.from_pretrained(init_from, cfg)
 tok = checkpoint['tokenizer'] if init_from == 'resume' else tok
 model.to(device, memory_format=torch.channels_last)
