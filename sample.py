@@ -14,7 +14,7 @@ from vlm import (Shapes, UserError, encode_prompt, explained, image_transform, l
 
 # settings ---------------------------------------------------------------------------------------------------
 out_dir = 'out'                  # folder with the ckpt.pt of train.py
-init_from = ''                   # another checkpoint than that: its path
+init_from = ''                   # another checkpoint, or a folder of public weights (README): its path
 image = ''                       # a file, several with commas, a folder or a pattern; '' = draw a scene
 prompt = ''                      # a question; '' = describe the image
 choices = ''                     # answers with commas: says how likely each is; '' = let the model say

@@ -410,8 +410,8 @@ def sample_top_p(logits, p=0.9, temperature=1.0, top_k=0):
     probs = probs.masked_fill((probs.cumsum(dim=-1) - probs >= p) & (p < 1), 0.0)    # those before reach p
     return order.gather(-1, torch.multinomial(probs, 1))
 # 8. Weights: public ones, and checkpoints -------------------------------------------------------------------
-NAMES = (    # ours, and what they replace, in this order, of ViT, ResNet, SigLIP, GPT-2, Llama, nanoVLM files
-    ('unused', r'^(text_model|logit|heads|fc|(vision_model.)?head.(?!w)).*|.*(_freq|\.attn\.(masked_)?bias)'),
+NAMES = (    # ours (-: unused), and what they replace of ViT, ResNet, SigLIP, GPT-2, Llama, nanoVLM, in order
+    (r'-\g<0>', r'^(text_model|logit|heads|fc|(vision.*)?head.(?!w)).*|.*(_freq|\.attn\.(masked_)?bias)'),
     ('vision.', r'^vision_(model|encoder)\.|^(?=class_|conv|bn1|layer\d|encoder\.|embeddings|post_)'),
     ('decoder.', r'^(transformer|model|decoder)\.|^(?=wte|wpe|h\.|ln_f|lm_head)'), ('projection.', r'^MP\.'),
     ('blocks.', r'(encoder\.)?\b(layers|h)\.(encoder_layer_)?'), ('attn', 'self_(attn|attention)'),
@@ -425,7 +425,7 @@ NAMES = (    # ours, and what they replace, in this order, of ViT, ResNet, SigLI
 def read_safetensors(path):
     """Yields (name, tensor), memory-mapped: read when used. A file is the length of a header in 8 bytes, the
     header, JSON with dtype, shape and data_offsets of each name, and the data."""
-    with open(path, 'rb') as f: data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)     # changes stay
+    with open(path, 'rb') as f: data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)  # writes stay in RAM
     dtypes = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64)
     start = 8 + int.from_bytes(data[:8], 'little')
     for name, entry in json.loads(data[8:start]).items():
@@ -437,19 +437,19 @@ def read_safetensors(path):
 
 def read_public(path):
     """{our name: fp32 tensor} of a file, or of a folder's model.safetensors, transposed, split and joined."""
-    path, state = f'{path}/model.safetensors' if os.path.isdir(path) else path, {}
-    with explained(f'{path}: no public weights that can be read'):
+    path, out = f'{path}/model.safetensors' if os.path.isdir(path) else path, {}
+    with explained(f'{path}: no public weights that can be read, see the README on how to get them'):
         safe = path.endswith('.safetensors')
         for public, x in read_safetensors(path) if safe else torch.load(path, weights_only=True).items():
             name, x = public, x.T.contiguous() if re.search(r'\bc_.*weight', public) else x      # GPT-2's
             for ours, theirs in NAMES: name = re.sub(theirs, ours, name)
             parts = x.tensor_split([len(x) // 3]) if 'qkv' in name else [x]     # q, and k with v
             for name, x in zip((name.replace('qkv', 'q'), name.replace('qkv', 'kv')), parts):
-                if name in state and not torch.equal(state[name], x): raise ValueError(f'two of {public}')
-                if name != 'unused': state[name] = x.float() if x.is_floating_point() else x
-        for k in [name for name in state if '.k.' in name]:
-            state[k.replace('.k.', '.kv.')] = torch.cat([state.pop(k), state.pop(k.replace('.k.', '.v.'))])
-    return {name: x.squeeze(0) if 'position' in name else x for name, x in state.items()}
+                x = x.float() if x.is_floating_point() else x
+                if not (x is out.setdefault(name, x) or x.equal(out[name])): raise ValueError(f'two {public}')
+        for k in [name for name in out if '.k.' in name]:
+            out[k.replace('.k.', '.kv.')] = torch.cat([out.pop(k), out.pop(k.replace('.k.', '.v.'))])
+    return {name: x.squeeze(0) if 'position' in name else x for name, x in out.items() if name[0] != '-'}
 
 def save_checkpoint(path, model, tokenizer, **more):
     """Writes all to one file or leaves the old one: the new is written beside it, then takes its place."""
