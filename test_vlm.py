@@ -108,15 +108,15 @@ def features(kind, model, images):
 @pytest.mark.parametrize('eye, mouth, size', [
     ('siglip', 'gpt2', 64), ('siglip', 'llama', 96), ('vit', 'llama', 64), ('resnet', 'gpt2', 64)])
 def test_public_parts_combine_and_do_what_they_do_at_home(tmp_path, eye, mouth, size):
-    """Features and logits to 1e-4, 50 greedy tokens the same, in bfloat16 to 1/50 of the largest value. Where
+    """Features and logits to 5e-6, 50 greedy tokens the same, in bfloat16 to 1/50 of the largest value. Where
     96 pixels a side stand in place of the 64 that were published, positions are interpolated."""
     (see, a), (say, b) = published(eye, tmp_path), published(mouth, tmp_path)
     cfg = VLMConfig(**PUBLIC[eye], **PUBLIC[mouth], image_size=size, vocab_size=300, block_size=64)
-    model, (images, ids) = MinimalVLM.from_pretrained(f'{a},{b}', cfg).eval(), some(cfg, 2, 9)
-    close(model.vision(images), features(eye, see, images)), close(model(None, ids)[0], say(ids).logits)
+    model, (x, ids) = MinimalVLM.from_pretrained(f'{a},{b}', cfg).eval(), some(cfg, 2, 9)
+    close(model.vision(x), features(eye, see, x), 5e-6), close(model(None, ids)[0], say(ids).logits, 5e-6)
     theirs = say.generate(ids, max_new_tokens=50, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(model.generate(None, ids, max_new_tokens=50, temperature=0), theirs)
-    model, low = model.bfloat16(), images.bfloat16()
+    model, low = model.bfloat16(), x.bfloat16()
     for ours, ref in ((model(None, ids)[0], say.bfloat16()(ids).logits),
                       (model.vision(low), features(eye, see.bfloat16(), low))):
         close(ours.float(), ref.float(), ref.abs().max().item() / 50)
@@ -171,7 +171,7 @@ def test_hostile_weights_are_refused_in_one_line_and_run_no_code(tmp_path, monke
     for content in (b'', b'hello', (tmp_path / 'evil.pth').read_bytes(), entry()[:-1], entry()[:30],
                     file([1]), file({'x': 3}), *(entry(**{k: v}) for k in lies for v in lies[k])):
         (tmp_path / 'w.safetensors').write_bytes(content)
-        assert '\n' not in refuses('w.safetensors', MinimalVLM.from_pretrained, 'w.safetensors', NANO)
+        assert '\n' not in refuses('s: no public', MinimalVLM.from_pretrained, 'w.safetensors', NANO)
     for path in ('evil.pth', 'not there', '.'):
         assert '\n' not in refuses('no public weights', MinimalVLM.from_pretrained, path)
     assert not os.path.exists('executed')
