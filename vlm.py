@@ -466,7 +466,7 @@ def load_checkpoint(path, device='cpu'):
     if os.path.isdir(path):              # of nanoVLM's public weights and their tokenizer
         return MinimalVLM.from_pretrained(path).to(device), {'tokenizer': Tokenizer.make(path)}
     if not os.path.isfile(path):
-        raise UserError(f'no {path} yet: `python train.py --out_dir={os.path.dirname(path) or "."}` makes it')
+        raise UserError(f'no {path}: `python train.py` makes out/ckpt.pt; for public weights see the README')
     with explained(f'{path} is damaged, or no checkpoint of this version of vlm.py'):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         cfg = checkpoint.pop('config')
