@@ -426,11 +426,11 @@ def read_safetensors(path):
     """Yields (name, tensor), memory-mapped: read when used. A file is the length of a header in 8 bytes, the
     header, JSON with dtype, shape and data_offsets of each name, and the data."""
     with open(path, 'rb') as f: data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)  # writes stay in RAM
-    dtypes = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64)
+    dt = defaultdict(lambda: torch.int8, F32=torch.float, F16=torch.half, BF16=torch.bfloat16, I64=torch.long)
     start = 8 + int.from_bytes(data[:8], 'little')
     for name, entry in json.loads(data[8:start]).items():
         if name == '__metadata__': continue
-        dtype, n, (first, end) = dtypes[entry['dtype']], math.prod(entry['shape']), entry['data_offsets']
+        dtype, n, (first, end) = dt[entry['dtype']], math.prod(entry['shape']), entry['data_offsets']
         if not 0 <= first <= end <= len(data) - start or end - first != n * dtype.itemsize:
             raise ValueError(f'{name} cannot be {entry} in a file of {len(data)} bytes')
         yield name, torch.frombuffer(data, dtype=dtype, offset=start + first, count=n).view(entry['shape'])
