@@ -16,7 +16,7 @@ K heads of keys and values, D channels a head, V vocabulary. Papers (arXiv): ViT
 SigLIP 2303.15343, LLaVA 2304.08485, Perceiver 2204.14198, Llama 2302.13971, RoPE 2104.09864.
 """
 import argparse, codecs, contextlib, csv, difflib, itertools, json, math, mmap, os, random, re, sys, warnings
-from collections import Counter, OrderedDict, defaultdict
+from collections import ChainMap, Counter, OrderedDict, defaultdict
 from dataclasses import asdict, dataclass, replace
 import tiktoken, torch, torchvision
 from PIL import Image, ImageDraw, ImageOps
@@ -30,8 +30,7 @@ class UserError(ValueError):
 @contextlib.contextmanager
 def explained(message, *kinds):
     """Turns what is raised, of these kinds or of any, into a UserError of one line: message and cause."""
-    try:
-        yield
+    try: yield
     except kinds or Exception as e:      # hostile files make Pillow and pickle fail in any way there is
         raise UserError(f'{message} ({type(e).__name__}: {" ".join(str(e).split())[:300]})') from e
 # 1. Config --------------------------------------------------------------------------------------------------
@@ -89,30 +88,38 @@ class VLMConfig:
             raise UserError(f'image_size={self.image_size} must divide by {self.cell * self.factor}, and '
                             f'block_size={self.block_size} exceed the {self.n_visual} tokens of an image')
 
-VIT, SIGLIP = TransformerConfig(), TransformerConfig(activation='gelu_tanh')      # of B/16
-GPT2 = TransformerConfig(norm_eps=1e-5, activation='gelu_tanh')
-SMOLLM2 = TransformerConfig(30, 9, 576, n_kv_head=3, n_hidden=1536, norm='rms', norm_eps=1e-5, bias=False,
-                            activation='swiglu', position='rope', rope_base=100000.0)     # 135M
+SIGLIP = TransformerConfig(activation='gelu_tanh')
+gpt = lambda *size: dict(text=TransformerConfig(*size, norm_eps=1e-5, activation='gelu_tanh'))
+llama = lambda tokenizer, *size: dict(vocab_size=49152, tokenizer=tokenizer, text=TransformerConfig(
+    *size, norm='rms', norm_eps=1e-5, activation='swiglu', position='rope', rope_base=100000.0, bias=False))
 IMAGENET = dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225), image_resize='crop')
+NANOVLM = dict(llama('cosmo2', 30, 9, 576, 3, 1536), vision=SIGLIP, projection='pixel_shuffle',
+               image_mean=(0.0,) * 3, image_std=(1.0,) * 3, caption_prompt='What is this?',
+               prompt_template='Question: {} Answer:')
+PUBLIC = {   # published weights: their Hugging Face repository, or '' for torchvision's, and what they are
+    'vit_b_16': ('', dict(class_token=True, **IMAGENET)),
+    **{name: ('', dict(encoder=name, **IMAGENET)) for name in ('resnet18', 'resnet50')},
+    'siglip-b-16': ('google/siglip-base-patch16-224', dict(vision=SIGLIP)),
+    **{f'gpt2{size}': (f'openai-community/gpt2{size}', gpt(*numbers)) for size, *numbers in (
+        ('', 12, 12, 768), ('-medium', 24, 16, 1024), ('-large', 36, 20, 1280), ('-xl', 48, 25, 1600))},
+    'smollm2-135m': ('HuggingFaceTB/SmolLM2-135M', llama('smollm2-135m', 30, 9, 576, 3, 1536)),
+    'smollm2-360m': ('HuggingFaceTB/SmolLM2-360M', llama('smollm2-360m', 32, 15, 960, 5, 2560)),
+    'cosmo2': ('HuggingFaceTB/cosmo2-tokenizer', {}),            # nanoVLM's tokenizer
+    'nanovlm-222m': ('lusxvr/nanoVLM-222M', NANOVLM)}
 SCRATCH = dict(stem='conv', patch_size=8, input_norm=True, projection='pixel_shuffle', tokenizer='bpe')
 slim = lambda n_layer, n_embd, **more: TransformerConfig(n_layer, n_embd // 32, n_embd, bias=False, **more)
 PRESETS = {  # of 1.4M and 22M parameters, what learned fastest from nothing; then of 213M and 222M
     'tiny': VLMConfig(slim(1, 128), slim(4, 128), image_size=64, vocab_size=512, block_size=144, **SCRATCH),
     'small': VLMConfig(slim(4, 384, dropout=0.1), slim(6, 384, dropout=0.1), image_size=128, vocab_size=4096,
                        block_size=192, **SCRATCH),
-    'base': VLMConfig(VIT, GPT2, class_token=True, **IMAGENET),
-    'nanovlm': VLMConfig(SIGLIP, SMOLLM2, projection='pixel_shuffle', vocab_size=49152, image_mean=(0.0,) * 3,
-                         image_std=(1.0,) * 3, tokenizer='tokenizer.json', caption_prompt='What is this?',
-                         prompt_template='Question: {} Answer:')}
+    'base': VLMConfig(class_token=True, **gpt(12, 12, 768), **IMAGENET), 'nanovlm': VLMConfig(**NANOVLM)}
 # 2. Building blocks -----------------------------------------------------------------------------------------
-def make_norm(cfg):
-    if cfg.norm == 'rms': return nn.RMSNorm(cfg.n_embd, cfg.norm_eps)
-    return nn.LayerNorm(cfg.n_embd, cfg.norm_eps, bias=cfg.bias)
+make_norm = lambda c: (nn.RMSNorm(c.n_embd, c.norm_eps) if c.norm == 'rms' else
+                       nn.LayerNorm(c.n_embd, c.norm_eps, bias=c.bias))
 
 def rotate(x, rope):
     """Turns each pair (i, i + D/2) of x (B,H,S,D) by its angle, so that q.k depends on distance alone."""
-    cos, sin = rope.to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
+    (cos, sin), (a, b) = rope.to(x.dtype), x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 def attend(q, k, v, mask=None):
@@ -129,17 +136,16 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.causal = cfg.n_head, cfg.n_kv_head or cfg.n_head, causal
         self.head_dim, self.maps = cfg.n_embd // cfg.n_head, None     # maps: a list collects each call's map
-        self.q = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
-        self.kv = nn.Linear(cfg.n_embd, 2 * self.n_kv_head * self.head_dim, bias=cfg.bias)
-        self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+        self.q, self.out = (nn.Linear(cfg.n_embd, cfg.n_embd, cfg.bias) for _ in range(2))
+        self.k, self.v = (nn.Linear(cfg.n_embd, self.n_kv_head * self.head_dim, cfg.bias) for _ in range(2))
 
     def forward(self, x, context=None, mask=None, rope=None, cache=None):
         """x (B,T,C) makes the queries, context (B,S,C) or x the keys and values; mask: see attend. -> (B,T,C)
         cache: (buffer (2,B,K,length,D), known): x's own go in at known, and x attends to all up to there."""
         B, T, C = x.shape
         context, D, groups = x if context is None else context, self.head_dim, self.n_head // self.n_kv_head
-        q = self.q(x).unflatten(-1, (-1, D)).transpose(1, 2)                                   # (B,H,T,D)
-        k, v = self.kv(context).unflatten(-1, (-1, D)).transpose(1, 2).chunk(2, dim=1)         # (B,K,S,D)
+        q, k, v = (y.unflatten(-1, (-1, D)).transpose(1, 2)                      # (B,H,T,D), 2 x (B,K,S,D)
+                   for y in (self.q(x), self.k(context), self.v(context)))
         if rope is not None: q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             kv, known = cache
@@ -223,7 +229,6 @@ class ResNetEncoder(nn.Sequential):
         net = getattr(torchvision.models, cfg.encoder)(weights=None)
         super().__init__(OrderedDict(list(net.named_children())[:-2]))   # all but pooling and classifier
         self.width = net.fc.in_features
-
     forward = lambda self, images: super().forward(images).flatten(2).mT
 # 4. Projection ----------------------------------------------------------------------------------------------
 class MultimodalProjection(nn.Module):
@@ -242,9 +247,8 @@ class MultimodalProjection(nn.Module):
     def forward(self, x):
         (B, _, C), f, g = x.shape, self.factor, self.grid // self.factor
         x = self.proj(x.view(B, g, f, g, f, C).transpose(2, 3).reshape(B, g * g, f * f * C))
-        if self.resampler is not None:
-            x = self.resampler.run(self.latents.expand(len(x), -1, -1), context=self.norm(x))
-        return x
+        if self.resampler is None: return x
+        return self.resampler.run(self.latents.expand(len(x), -1, -1), context=self.norm(x))
 # 5. Language decoder ----------------------------------------------------------------------------------------
 class LanguageDecoder(Transformer):
     """GPT-2 or Llama, by config alone. It takes embeddings, not ids: an image has no ids."""
@@ -285,10 +289,12 @@ class MinimalVLM(nn.Module):
             elif name.endswith('bias'): nn.init.zeros_(p)
 
     @classmethod
-    def from_pretrained(cls, paths, cfg=PRESETS['nanovlm']):
-        """A model of cfg with the public weights of files or folders, commas between: of all of it, or of its
-        encoder and decoder, with a random projection. Positions fit another image size by interpolation."""
-        state = {k: x for path in paths.split(',') for k, x in read_public(path).items()}
+    def from_pretrained(cls, names, cfg=None):
+        """A model with public weights, whole, or of encoder and decoder beside a random projection. names: of
+        PUBLIC, files or folders, with commas; cfg: if not as published. Positions fit by interpolation."""
+        names = names.split(',')
+        cfg = cfg or VLMConfig(**ChainMap(*(PUBLIC.get(name, ('', NANOVLM))[1] for name in names)))
+        state = {k: x for name in names for k, x in read_public(fetch(name)).items()}
         p, extra = state.get('vision.position'), int(cfg.class_token)
         if p is not None and len(p) != extra + cfg.grid ** 2:
             side = math.isqrt(len(p) - extra)
@@ -297,7 +303,7 @@ class MinimalVLM(nn.Module):
         whole = 'projection.proj.weight' in state
         with torch.device('meta' if whole else 'cpu'): model = cls(cfg)      # no memory for what is replaced
         rest = {} if whole else {f'projection.{k}': x for k, x in model.projection.state_dict().items()}
-        with explained(f'{paths} does not fit'): model.load_state_dict(rest | state, assign=True)
+        with explained(f'{" and ".join(names)} do not fit'): model.load_state_dict(rest | state, assign=True)
         return model
 
     def see(self, images):
@@ -317,12 +323,16 @@ class MinimalVLM(nn.Module):
         (buffer, known, N), longest = cache or (None, 0, visual.size(1)), self.cfg.block_size
         steps, mask = (keys := torch.arange(known + x.size(1), device=x.device))[known:], None
         if start is not None:            # padding sees itself, or softmax gives nan, and may lie anywhere
-            start, queries = F.pad(start.expand(input_ids.shape), (visual.size(1), 0)), steps[:, None]
-            mask = (keys <= queries) & ((keys < N) | (keys >= N + start[:, :, None])) | (keys == queries)
-            mask, steps = mask[:, None], (steps - start).clamp(0, longest - 1)       # (B,1,T,S), (B,T)
+            start, queries = start.expand(input_ids.shape), steps[:, None]
+            own = F.pad(start, (visual.size(1), 0))[:, :, None]                          # (B,T,1)
+            mask = (keys <= queries) & ((keys < N) | (keys >= N + own)) | (keys == queries)
+            mask, steps = mask[:, None], (steps - own[..., 0]).clamp(0, longest - 1)     # (B,1,T,S), (B,T)
         elif len(keys) > longest: raise UserError(f'{len(keys)} tokens, more than block_size={longest}')
-        h = self.decoder(x, steps, mask, cache and (buffer, known))
-        return F.pad(h, (0, 0, 1, 0))[:, visual.size(1):]
+        h = F.pad(self.decoder(x, steps, mask, cache and (buffer, known)), (0, 0, 1, 0))[:, visual.size(1):]
+        if start is None: return h
+        column = max(0, known - N) + torch.arange(h.size(1), device=x.device)
+        begins = column == torch.cat([start, start[:, -1:]], dim=1)      # a text's first token is predicted
+        return torch.where(begins[:, :, None], h[:, :1], h)              # by the image, wherever it stands
 
     def forward(self, images, input_ids, targets=None, start=None, weight=None, return_logits=True):
         """images: see see(); input_ids (B,T) or (T,); targets: the same ids, unshifted, or -100 for no loss;
@@ -331,14 +341,10 @@ class MinimalVLM(nn.Module):
         ids, loss = torch.atleast_2d(input_ids), None
         h = self.hidden(self.see(images), ids, start)
         if targets is not None:
-            # the one shift: the state before a token predicts it, the last visual one any text's first token
-            states, targets = h[:, :-1], targets.view_as(ids)
-            if start is not None:
-                first = torch.arange(ids.size(1), device=ids.device) == start
-                states = torch.where(first[:, :, None], h[:, :1], states)
-            scored = targets != -100
+            scored = (targets := targets.view_as(ids)) != -100
             scored[:, 0] &= images is not None       # without an image nothing predicts the first token
-            states = F.pad(states[scored], (0, 0, 0, -int(scored.sum()) % 256))      # few shapes here, too
+            # the one shift: row t predicts token t; of few shapes: a CPU keeps a kernel for each
+            states = F.pad(h[:, :-1][scored], (0, 0, 0, -int(scored.sum()) % 256))
             logits = self.decoder.head(states)[:scored.sum()].float()    # few of all, and the head is wide
             nats = F.cross_entropy(logits, targets[scored], reduction='none')
             loss = nats.mean() if weight is None else (nats * weight[scored]).sum() / weight[scored].sum()
@@ -366,14 +372,12 @@ class MinimalVLM(nn.Module):
             kv, visual = visual.new_zeros(size) if use_cache else None, visual.expand(B, -1, -1)
             # 2. read them, remember keys and values, and share these among the samples
             h = self.hidden(visual, ids, start, (kv, 0, N) if use_cache else None)
-            if start is not None: h = torch.where(start[:, :, None] < T, h, h[:, :1])    # or the image alone
             visual, ids, start, h, kv = (x if x is None else x.repeat_interleave(num_samples, dim)
                                          for x, dim in zip((visual, ids, start, h, kv), (0, 0, 0, 0, 2)))
             # 3. say a token, read it, and again
-            done = torch.zeros(len(h), 1, dtype=torch.bool, device=h.device)
+            head, done = self.decoder.head, torch.zeros(len(h), 1, dtype=torch.bool, device=h.device)
             for S in range(N + T, end):
-                token = sample_top_p(self.decoder.head(h[:, -1]), top_p, temperature, top_k)    # (B,1)
-                token = token.masked_fill(done, stop)
+                token = sample_top_p(head(h[:, -1]), top_p, temperature, top_k).masked_fill(done, stop)
                 done |= token == stop
                 yield token
                 if S + 1 == end or done.all(): break
@@ -422,6 +426,18 @@ NAMES = (    # ours (-: unused), and what they replace of ViT, ResNet, SigLIP, G
     ('embedding', r'embed_tokens|wte|token_embedding|\b(lm_)?head'), ('mlp.down', r'mlp\.(3|fc2|c_proj)'),
     ('qkv.', r'in_proj_|c_attn\.'), (r'.\1', r'\.(qkv|q|k|v|gate|up|down)_proj'))
 
+def fetch(name, file='model.safetensors'):
+    """The path of a published file; name: the file, its folder, or one of PUBLIC, whose files are downloaded
+    once, to PyTorch's cache, and come there when they are whole."""
+    if os.path.exists(name) or name not in PUBLIC: return f'{name}/{file}' if os.path.isdir(name) else name
+    url = f'https://huggingface.co/{PUBLIC[name][0]}/resolve/main/{file}'
+    if not PUBLIC[name][0]: url = torchvision.models.get_model_weights(name).DEFAULT.url
+    path = os.path.join(torch.hub.get_dir(), 'vlm', name, os.path.basename(url))
+    with explained(f'{url} did not come: try again, put it at {path}, or give a path in place of {name}'):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if not os.path.exists(path): torch.hub.download_url_to_file(url, path)
+    return path
+
 def read_safetensors(path):
     """Yields (name, tensor), memory-mapped: read when used. A file is the length of a header in 8 bytes, the
     header, JSON with dtype, shape and data_offsets of each name, and the data."""
@@ -436,19 +452,15 @@ def read_safetensors(path):
         yield name, torch.frombuffer(data, dtype=dtype, offset=start + first, count=n).view(entry['shape'])
 
 def read_public(path):
-    """{our name: fp32 tensor} of a file, or of a folder's model.safetensors, transposed, split and joined."""
-    path, out = f'{path}/model.safetensors' if os.path.isdir(path) else path, {}
-    with explained(f'{path}: no public weights that can be read, see the README on how to get them'):
-        safe = path.endswith('.safetensors')
+    """{our name: fp32 tensor} of a file of public weights, transposed, split and joined."""
+    safe, out = path.endswith('.safetensors'), {}
+    with explained(f'{path}: no public weights that can be read; downloaded ones come anew if you delete it'):
         for public, x in read_safetensors(path) if safe else torch.load(path, weights_only=True).items():
             name, x = public, x.T.contiguous() if re.search(r'\bc_.*weight', public) else x      # GPT-2's
             for ours, theirs in NAMES: name = re.sub(theirs, ours, name)
-            parts = x.tensor_split([len(x) // 3]) if 'qkv' in name else [x]     # q, and k with v
-            for name, x in zip((name.replace('qkv', 'q'), name.replace('qkv', 'kv')), parts):
-                x = x.float() if x.is_floating_point() else x
-                if not (x is out.setdefault(name, x) or x.equal(out[name])): raise ValueError(f'two {public}')
-        for k in [name for name in out if '.k.' in name]:
-            out[k.replace('.k.', '.kv.')] = torch.cat([out.pop(k), out.pop(k.replace('.k.', '.v.'))])
+            for part, x in zip('qkv', x.chunk(3)) if 'qkv' in name else [('', x)]:
+                key, x = name.replace('qkv', part), x.float() if x.is_floating_point() else x
+                if not (x is out.setdefault(key, x) or x.equal(out[key])): raise ValueError(f'two {public}')
     return {name: x.squeeze(0) if 'position' in name else x for name, x in out.items() if name[0] != '-'}
 
 def save_checkpoint(path, model, tokenizer, **more):
@@ -463,10 +475,10 @@ def save_checkpoint(path, model, tokenizer, **more):
 
 def load_checkpoint(path, device='cpu'):
     """-> model, checkpoint: a dictionary, its 'tokenizer' ready to use. Runs no code in the file."""
-    if os.path.isdir(path):              # of nanoVLM's public weights and their tokenizer
-        return MinimalVLM.from_pretrained(path).to(device), {'tokenizer': Tokenizer.make(path)}
-    if not os.path.isfile(path):
-        raise UserError(f'no {path}: `python train.py` makes out/ckpt.pt; for public weights see the README')
+    if os.path.isdir(path) or path in PUBLIC:                # of public weights and their tokenizer
+        model = MinimalVLM.from_pretrained(path).to(device)
+        return model, {'tokenizer': Tokenizer.make(path if os.path.isdir(path) else model.cfg.tokenizer)}
+    if not os.path.isfile(path): raise UserError(f'no {path}: `python train.py` makes one; see also PUBLIC')
     with explained(f'{path} is damaged, or no checkpoint of this version of vlm.py'):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         cfg = checkpoint.pop('config')
@@ -499,17 +511,13 @@ class Tokenizer:
 
     @classmethod
     def make(cls, name, texts=(), vocab_size=0):
-        """'bytes', 'bpe' (learned from texts), 'gpt2' (tiktoken downloads it), or the path of a Hugging Face
-        tokenizer.json, or of its folder: of a byte-level BPE whose ids follow its merges."""
+        """'bytes', 'bpe' (learned from texts), or a Hugging Face tokenizer.json, by its path, its folder's or
+        a name in PUBLIC, as 'gpt2': of a byte-level BPE whose ids follow its merges."""
         if name in ('bytes', 'bpe'):
             ranks = learn_bpe(map(str.strip, texts), vocab_size - 1 if name == 'bpe' else 256)
             return cls(name, ranks, {END: len(ranks)})
         with explained(f'tokenizer={name} is not to be had here; --tokenizer=bpe and bytes always are'):
-            if name == 'gpt2':
-                gpt2 = tiktoken.get_encoding('gpt2')
-                ranks = {token.decode('latin-1'): i for token, i in gpt2._mergeable_ranks.items()}
-                return cls(name, ranks, {END: gpt2.eot_token}, gpt2._pat_str)
-            with open(name + '/tokenizer.json' * os.path.isdir(name), 'rb') as f: data = json.load(f)
+            with open(fetch(name, 'tokenizer.json'), encoding='utf-8') as f: data = json.load(f)
             vocab, special = data['model']['vocab'], {t['content']: t['id'] for t in data['added_tokens']}
             merges = [vocab[''.join(m).replace(' ', '')] for m in data['model']['merges']]   # pairs or "a b"
             if merges != sorted(merges): raise ValueError('its ids do not follow its merges')
@@ -601,30 +609,27 @@ QUESTIONS = ('count', 'side', 'exists', 'color', 'count', 'side', 'exists', 'sha
 
 class Shapes(torch.utils.data.Dataset):
     """Scenes drawn from (seed, split, index) alone, with captions and questions. 'train' and 'val' have no
-    UNSEEN pair in picture or words, 'novel' only such. kind: 'mixed', 'caption', 'question', a QUESTION."""
+    UNSEEN pair in picture or words, 'novel' only such. kind: 'mixed', 'caption' or 'question'."""
     def __init__(self, split, seed=0, kind='mixed', pixels=128):
-        self.split, self.seed, self.kind, self.pixels = split, seed, kind, pixels
-        pairs = itertools.product(COLORS, SHAPES)
-        self.pairs = [p for p in map(' '.join, pairs) if (p in UNSEEN) == (split == 'novel')]
-    __len__ = lambda self: 1_000_000
-    n_images = property(__len__)
+        self.split, self.seed, self.pixels, self.n_images = split, seed, pixels, 1_000_000
+        self.part = dict(mixed=slice(None), caption=slice(1), question=slice(1, None))[kind]
+        pairs = (f'{color} {shape}' for color in COLORS for shape in SHAPES)
+        self.pairs = [pair for pair in pairs if (pair in UNSEEN) == (split == 'novel')]
+    __len__ = lambda self: self.n_images
     texts = property(lambda self: (' '.join(item[1:]) for i in range(400) for item in self.about(i)))
     __getitem__ = lambda self, index: (items := self.about(index))[index % len(items)]
 
     def about(self, index):
-        """All items about scene number index, of the kinds that suit it: a caption first, then questions."""
-        rng, texts = random.Random(f'{self.seed} {self.split} {index}'), []
-        kinds = [QUESTIONS[index % len(QUESTIONS)] if self.kind == 'question' else self.kind]
-        kinds = ['caption', *rng.sample(QUESTIONS, len(QUESTIONS))] if self.kind == 'mixed' else kinds
-        while not texts:
-            scene = self.scene(rng)
-            texts = [*filter(None, (self.ask(kind, scene, rng) for kind in kinds))]
+        """All items about scene number index: a caption, then the questions that suit it."""
+        rng = random.Random(f'{self.seed} {self.split} {index}')
+        kinds, scene = ['caption', *rng.sample(QUESTIONS, len(QUESTIONS))], self.scene(rng)
+        texts = [*filter(None, (self.ask(kind, scene, rng) for kind in kinds))]
         image = Image.new('RGB', (self.pixels, self.pixels), tuple(rng.randint(225, 255) for _ in range(3)))
         for t in scene:
             shade = tuple(min(255, max(0, v + rng.randint(-20, 20))) for v in COLORS[t.color])
             corners = [(t.x + t.r * d * math.sin(a), t.y - t.r * d * math.cos(a)) for a, d in SHAPES[t.shape]]
             ImageDraw.Draw(image).polygon([(x * self.pixels, y * self.pixels) for x, y in corners], shade)
-        return [(image, *text) for text in texts]
+        return [(image, *text) for text in texts][self.part]
 
     def scene(self, rng):
         """One to three things that do not touch, in reading order; x, y and r in picture widths."""
@@ -659,27 +664,25 @@ class Shapes(torch.utils.data.Dataset):
             return f'what color is the {t.shape}{choice}?', t.color
         if kind == 'shape' and [t.color for t in scene].count(t.color) == 1:
             return f'what shape is the {t.color} object?', t.shape
-        if kind == 'exists':             # what is absent is near to what is there
-            near = [p for p in self.pairs if p not in pairs and (t.color in p or t.shape in p)]
+        near = [p for p in self.pairs if p not in pairs and (t.color in p or t.shape in p)]
+        if kind == 'exists' and near:    # what is absent is near to what is there
             pair, truth = rng.choice([(t.pair, 'yes'), (rng.choice(near), 'no')])
             return f'is there {"an" if pair[0] == "o" else "a"} {pair}?', truth
         apart = [(t, u) for t in scene for u in scene if t.place % 3 != u.place % 3]
         if kind == 'side' and apart and len({*shapes}) == len(scene):
             t, u = rng.choice(apart)
-            side = 'left' if t.place % 3 < u.place % 3 else 'right'
-            return f'is the {t.shape} left or right of the {u.shape}?', side
+            return f'is the {t.shape} left or right of the {u.shape}?', ('right', 'left')[t.x < u.x]
 
 def read_captions(path):
     """Yields (image name, prompt, answer) of a caption file, .csv, .txt, .jsonl, COCO's or LLaVA's .json,
     or of a folder of folders named after what is on their images."""
-    if os.path.isdir(path):
-        files = (f'{folder}/{name}' for folder, _, names in os.walk(os.path.abspath(path)) for name in names)
-        for file in (f for f in files if f.lower().endswith(tuple(Image.registered_extensions()))):
-            what = os.path.basename(os.path.dirname(file)).replace('_', ' ')
-            yield os.path.relpath(file, path), 'what is this?', what
-        return
-    with open(path, encoding='utf-8-sig', newline='') as f:
-        if path.endswith('.jsonl'): rows = [json.loads(line) for line in f if line.strip()]
+    folder = os.path.isdir(path)
+    with contextlib.nullcontext() if folder else open(path, encoding='utf-8-sig', newline='') as f:
+        if folder: rows = [
+            dict(image=f'{at}/{name}', prompt='what is this?', answer=os.path.basename(at).replace('_', ' '))
+            for at, _, names in os.walk(os.path.abspath(path)) for name in names
+            if name.lower().endswith(tuple(Image.registered_extensions()))]
+        elif path.endswith('.jsonl'): rows = [json.loads(line) for line in f if line.strip()]
         elif not path.endswith('.json'): rows = list(csv.DictReader(f))
         elif isinstance(data := json.load(f), dict):
             files = {image['id']: image['file_name'] for image in data['images']}
@@ -700,29 +703,28 @@ class CaptionedImages(torch.utils.data.Dataset):
         self.folder, self.source, self.size, self.n_images = folder, source, size, len(texts)
         entries = [json.dumps(entry).encode() for entry in texts.items()]    # [name, [[prompt, answer], ...]]
         self.ends, self.block = torch.tensor([0, *map(len, entries)]).cumsum(0), b''.join(entries)
-        self.first = torch.tensor([0, *map(len, texts.values())]).cumsum(0)      # item of each image
+        self.owner = torch.repeat_interleave(torch.tensor([*map(len, texts.values())]))     # image of an item
         self.bad = torch.zeros(self.n_images, dtype=torch.uint8).share_memory_()
-    __len__ = lambda self: int(self.first[-1])
+    __len__ = lambda self: len(self.owner)
     entry = lambda self, i: json.loads(self.block[self.ends[i]:self.ends[i + 1]])
     texts = property(lambda self: (' '.join(t) for i in range(self.n_images) for t in self.entry(i)[1]))
 
     def __getitem__(self, index):
-        i = int(torch.searchsorted(self.first, index, right=True)) - 1
-        items = sorted(self.about(i), key=lambda item: item[1:])
-        return items[(index - int(self.first[i])) % len(items)]
+        items = sorted(self.about(int(self.owner[index])), key=lambda item: item[1:])
+        return items[index % len(items)]
 
     def about(self, index):
         """All items about image number index, in random order."""
-        for i in itertools.chain(range(index, self.n_images), range(index)):
-            if not self.bad[i]:
+        for i in (i % self.n_images for i in range(index, index + self.n_images)):
+            try:
+                if self.bad[i]: continue
                 name, texts = self.entry(i)
-                try:
-                    image = open_image(os.path.join(self.folder, name), self.size)
-                    return [(image, *texts[j]) for j in torch.randperm(len(texts))]
-                except UserError as e:
-                    self.bad[i] = 1
-                    loud = 'WARNING, over 1 % are bad: ' if self.bad.sum() > self.n_images / 100 else ''
-                    print(f'{loud}skipped: {e}', file=sys.stderr)
+                image = open_image(os.path.join(self.folder, name), self.size)
+                return [(image, *texts[j]) for j in torch.randperm(len(texts))]
+            except UserError as e:
+                self.bad[i] = 1
+                loud = 'WARNING, over 1 % are bad: ' if self.bad.sum() > self.n_images / 100 else ''
+                print(f'{loud}skipped: {e}', file=sys.stderr)
         raise UserError(f'{self.source}: not one of its {self.n_images} images can be read')
 
 def make_dataset(spec, split='train', image_dir='', val_spec='', size=0, seed=0):
@@ -736,8 +738,7 @@ def make_dataset(spec, split='train', image_dir='', val_spec='', size=0, seed=0)
     folders = [image_dir] if image_dir else [beside, f'{beside}/images', f'{beside}/Images']
     found = [[name for name in texts if os.path.isfile(os.path.join(folder, name))] for folder in folders]
     there, folder = max(zip(found, folders), key=lambda pair: len(pair[0]))
-    if not there:
-        raise UserError(f'{path} names {len(texts)} images, and none is in {folder}: see --image_dir')
+    if not there: raise UserError(f'{path} names {len(texts)} images, none is in {folder}: see --image_dir')
     if missing := sorted(texts.keys() - there):
         print(f'{"WARNING: " * (len(missing) > len(texts) / 100)}{path}: {len(missing)} of {len(texts)} '
               f'images are missing and skipped: {", ".join(missing[:3])} ...', file=sys.stderr)
@@ -751,16 +752,14 @@ def override(settings, argv=None):
     setting's comment is checked, too: words in quotes (others too, if it ends in ...) or "> 0 and <= 1;"."""
     with open(settings['__file__'], encoding='utf-8') as f:
         comments = dict(re.findall(r'^(\w+) = .*?  +# (.*)$', f.read(), re.M))
-    compare = {'>': float.__gt__, '>=': float.__ge__, '<': float.__lt__, '<=': float.__le__}
     wanted = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a word'}
     def read(name, text):
         kind, comment = type(settings[name]), comments[name]
-        limits = re.findall('([<>]=?) ([^ ;]+)', comment.split(';')[0]) if comment[0] in '<>' else []
+        checks = comment.split(';')[0].split(' and ') if comment[0] in '<>' else []
         words = re.findall("'(.*?)'", comment) if comment[0] == "'" and not comment.endswith('...') else None
         with contextlib.suppress(KeyError, ValueError):
             value = {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)
-            if all(compare[is_](float(value), float(n)) for is_, n in limits) and value in (words or [value]):
-                return value
+            if all(eval(f'x {c}', {'x': value}) for c in checks) and value in (words or [value]): return value
         raise argparse.ArgumentTypeError(f'{text!r} is not {wanted[kind]} as asked for: {comment}')
     parser = argparse.ArgumentParser(description=settings['__doc__'], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
