@@ -4,6 +4,7 @@
     python sample.py --image=cat.jpg                     describes a picture; or a,b.png, a folder, 'x/*.jpg'
     python sample.py --image=cat.jpg --prompt="what is it?" --choices="a cat,a dog"  which is likelier
     python sample.py --image=cat.jpg --attention=look.png    draws where it looked for each word
+    python sample.py --init_from=nanovlm-222m --image=cat.jpg --prompt="What is this?"    public weights
 """
 import glob, os, sys, time
 import torch
@@ -14,7 +15,7 @@ from vlm import (Shapes, UserError, encode_prompt, explained, image_transform, l
 
 # settings ---------------------------------------------------------------------------------------------------
 out_dir = 'out'                  # folder with the ckpt.pt of train.py
-init_from = ''                   # another checkpoint, or a folder of public weights (README): its path
+init_from = ''                   # another checkpoint, a folder of public weights, nanovlm-222m (downloaded)
 image = ''                       # a file, several with commas, a folder or a pattern; '' = draw a scene
 prompt = ''                      # a question; '' = describe the image
 choices = ''                     # answers with commas: says how likely each is; '' = let the model say
@@ -39,8 +40,7 @@ torch.manual_seed(seed := seed or time.time_ns() % 2 ** 31)
 torch.set_grad_enabled(False)
 model, checkpoint = load_checkpoint(init_from or os.path.join(out_dir, 'ckpt.pt'), device)
 model.to(getattr(torch, fast if dtype == 'auto' else dtype)).eval()
-if compile:
-    model.decoder.compile(dynamic=True)
+if compile: model.decoder.compile(dynamic=True)
 tok, transform = checkpoint['tokenizer'], image_transform(model.cfg)
 
 def pictures():

@@ -5,17 +5,18 @@
     python train.py --preset=small --dataset=photos/captions.txt --augment       your photos (README)
     python train.py --init_from=resume                on after a stop, with that run's settings
 """
-import collections, contextlib, functools, math, os, re, signal, textwrap, time
+import contextlib, functools, math, os, re, signal, textwrap, time
+from collections import ChainMap, Counter
 from dataclasses import replace
 os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '256')      # else a CPU's kernels fill GiBs
-import torch, torch.distributed as dist
+import torch, torch.distributed as dist, torch.utils.flop_counter
 from PIL import Image, ImageDraw
-from vlm import (PRESETS, MinimalVLM, Shapes, Tokenizer, UserError, collate, encode_prompt, explained,
-                 image_transform, load_checkpoint, make_dataset, override, save_checkpoint)
+from vlm import (PRESETS, PUBLIC, MinimalVLM, Shapes, Tokenizer, UserError, VLMConfig, collate, encode_prompt,
+                 explained, image_transform, load_checkpoint, make_dataset, override, save_checkpoint)
 
 # settings ---------------------------------------------------------------------------------------------------
 out_dir = 'out'                  # folder for ckpt.pt, log.csv and samples.png
-init_from = 'scratch'            # 'scratch', 'resume' (the run in out_dir), or files of public weights ...
+init_from = 'scratch'            # 'scratch', 'resume', 'pretrained', names as siglip-b-16,gpt2, files ...
 eval_interval = 1000             # > 0; steps between evaluations, each of which saves
 log_interval = 50                # > 0; steps between lines of the log
 eval_iters = 20                  # > 0; held-out batches for the validation loss
@@ -57,6 +58,7 @@ device = 'auto'                  # 'auto', 'cpu', 'mps', 'cuda', 'cuda:1' ...
 dtype = 'auto'                   # 'auto', 'float32', 'bfloat16' or 'float16' (with a gradient scaler)
 grad_checkpointing = False       # true: compute activations again in the backward pass; less memory, slower
 compile = False                  # true: torch.compile; pays on a GPU, after a minute
+peak_tflops = 312.0              # > 0; of the GPU in 16 bits, for MFU; A100 312, H100 and H200 989, L4 121
 seed = 1337                      # >= 0 and < 1e18; of weights, data order and scenes
 # ------------------------------------------------------------------------------------------------------------
 override(globals())
@@ -87,7 +89,11 @@ torch.set_float32_matmul_precision('high')
 torch.manual_seed(seed)
 
 # data -------------------------------------------------------------------------------------------------------
-size = image_size or PRESETS[preset].image_size
+public = dict(base='vit_b_16,gpt2', nanovlm='siglip-b-16,smollm2-135m')      # the parts of presets
+names = public.get(preset, init_from) if init_from == 'pretrained' else init_from
+pieces = [PUBLIC[name][1] for name in names.split(',') if name in PUBLIC]        # other names are files
+cfg = replace(VLMConfig() if pieces and preset not in public else PRESETS[preset], **ChainMap(*pieces))
+size = image_size or cfg.image_size
 train_set, val_set = (make_dataset(dataset, s, image_dir, val_dataset, size, seed) for s in ('train', 'val'))
 show = lambda images: torch.full_like(images, 128) if blind else images
 
@@ -119,13 +125,13 @@ if init_from != 'resume':
     old = {} if overwrite or not os.path.exists(path) else load_checkpoint(path)[1].get('settings', {'': '?'})
     for k in sorted({k for k in old if old[k] != settings.get(k)} - {'out_dir', 'overwrite', 'init_from'}):
         raise UserError(f'{path} is of a run with {k}={old[k]}: take another --out_dir, or --overwrite')
-    cfg, checkpoint = PRESETS[preset], {'step': 0}
+    checkpoint = {'step': 0}
     tok = Tokenizer.make(tokenizer or cfg.tokenizer, train_set.texts, vocab_size or cfg.vocab_size)
     vit, text = (replace(c, dropout=c.dropout if dropout < 0 else dropout) for c in (cfg.vision, cfg.text))
     own = {k: settings[k] for k in ('image_size', 'block_size', 'projection') if settings[k]}
     own['vocab_size'] = tok.n_vocab if init_from == 'scratch' else cfg.vocab_size
     cfg = replace(cfg, vision=vit, text=text, tokenizer=tok.name, **own)
-    model = MinimalVLM(cfg) if init_from == 'scratch' else MinimalVLM.from_pretrained(init_from, cfg)
+    model = MinimalVLM(cfg) if init_from == 'scratch' else MinimalVLM.from_pretrained(names, cfg)
 tok = checkpoint['tokenizer'] if init_from == 'resume' else tok
 model.to(device, memory_format=torch.channels_last)
 model.vision.grad_checkpointing = model.decoder.grad_checkpointing = grad_checkpointing
@@ -186,7 +192,7 @@ def quiz(items, n, title):
     """Prints and returns the share of n items answered word for word, also for each way a prompt begins."""
     marks = [(' '.join(q.split()[:2]) or 'caption', said == truth) for _, q, truth, said in answers(items, n)]
     share = sum(right for _, right in marks) / max(1, len(marks))
-    kinds = sorted(collections.Counter(kind for kind, _ in marks).most_common(8))
+    kinds = sorted(Counter(kind for kind, _ in marks).most_common(8))
     each = [f', {kind} {marks.count((kind, True)) / n:.1%}' for kind, n in kinds if len(kinds) > 1]
     say(f'  word for word right: {share:.1%} of {len(marks)} {title}{"".join(each)}')
     return share
@@ -217,54 +223,52 @@ def evaluate(last):
     page.save(f'{out_dir}/samples.png')
 
 # the run ----------------------------------------------------------------------------------------------------
-step, end, began, stop, losses, bad = checkpoint['step'], lr_decay_iters or max_iters, time.time(), [], [], 0
+step, end, stop, losses, bad, flops = checkpoint['step'], lr_decay_iters or max_iters, [], [], 0, 0
 random = [torch, torch.cuda] if kind == 'cuda' else [torch]
 if step:
     same = all(checkpoint['settings'][k] == settings[k] for k in ('optimizer', 'freeze', 'lr_scale'))
     for o, state in zip(optimizers, checkpoint['optimizers'] if same else []):   # else averages begin anew
         o.load_state_dict(dict(state, param_groups=o.state_dict()['param_groups']))      # at the rates of now
     scaler.load_state_dict(checkpoint['scaler'] or scaler.state_dict())
-    for module, state in zip(random, checkpoint['random']):
-        module.set_rng_state(state)
+    for module, state in zip(random, checkpoint['random']): module.set_rng_state(state)
 with explained(f'out_dir={out_dir} cannot be written', OSError):
     os.makedirs(out_dir, exist_ok=True)
     log = open(f'{out_dir}/log.csv' if rank == 0 else os.devnull, 'a' if step else 'w', buffering=1)
 if not step: print('step,seconds,loss,val_loss,val_loss_swapped,word_for_word', file=log)
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, frame: stop.append(number))
+for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda n, frame: stop.append(n))
 each = [f'{k} {sum(p.numel() for p in part.parameters()) / 1e6:.2f}' for k, part in model.named_children()]
 say(f'{preset}: {", ".join(each)} million parameters, {tok.name} tokenizer of {tok.n_vocab}; '
     f'{len(train_set)} items and {len(val_set)} held out; {device}, {dtype}')
-stream, since = load(train_set, step * gradient_accumulation_steps, augment), time.time()
+stream, since, began = load(train_set, step * gradient_accumulation_steps, augment), time.time(), time.time()
 while True:
     # 1. save and evaluate now and then and at the end; a signal to one process stops all at the same step
-    halt = torch.tensor(len(stop), device=device)
+    halt = torch.tensor(len(stop), device=device if world > 1 else 'cpu')      # no wait for the GPU
     sum_over_processes(halt)
     last = bool(halt) or step >= max_iters or eval_only
     if rank == 0 and (last or step % eval_interval == 0 and step > checkpoint['step']):
         pause = time.time()
         if not eval_only:
-            save_checkpoint(
-                path, model, tok, step=step, settings=settings, scaler=scaler.state_dict(),
-                random=[m.get_rng_state() for m in random], optimizers=[o.state_dict() for o in optimizers])
+            save_checkpoint(path, model, tok, step=step, settings=settings, scaler=scaler.state_dict(),
+                            random=[m.get_rng_state() for m in random],
+                            optimizers=[o.state_dict() for o in optimizers])
         if not halt:
-            with precision, torch.no_grad():
-                evaluate(last)
+            with precision, torch.no_grad(): evaluate(last)
         since += time.time() - pause
-    if last:
-        break
+    if last: break
     # 2. the batches of this step, and what each weighs: as much as its answers do
     parts = [next(stream) for _ in range(gradient_accumulation_steps)]
     weights = [weight.sum() for *_, weight in parts]
     total = sum(weights)
     sum_over_processes(total)
+    if not flops:                    # of a step: matrix products and convolutions going forward, three times
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.eval()(*parts[0], return_logits=False)
+        flops = 3 * counter.get_total_flops() * gradient_accumulation_steps
     # 3. gradients, summed over batches, and over processes with the last one
-    for name, part in model.named_children():    # batch norms in frozen parts keep what they know
-        part.train(name not in frozen)
+    for name, part in model.named_children(): part.train(name not in frozen)     # frozen batch norms stay
     for part, weight in zip(parts, weights):
         net.require_backward_grad_sync = part is parts[-1]
-        with precision:
-            loss = net(*part, return_logits=False)[1] * weight / total
+        with precision: loss = net(*part, return_logits=False)[1] * weight / total
         scaler.scale(loss * world).backward()
         losses.append(loss.detach())
     # 4. the rate rises straight over warmup_iters, then falls straight to min_lr at lr_decay_iters
@@ -272,16 +276,14 @@ while True:
     factor = min(1.0, (step + 1) / (warmup_iters + 1)) * (min_lr + (1 - min_lr) * left)
     for o in optimizers:
         scaler.unscale_(o)
-        for group in o.param_groups:
-            group['lr'] = group['full_lr'] * factor
+        for group in o.param_groups: group['lr'] = group['full_lr'] * factor
     # 5. clip and step, unless the gradient is not finite
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     bad = 0 if math.isfinite(norm) else bad + 1
     if bad: say(f'step {step}: the gradient is not finite, step left out')
     if bad == (5 if dtype != 'float16' else 30):     # a gradient scaler needs such steps to find its scale
         raise UserError(f'{bad} steps left out: try --dtype=float32, or lower --learning_rate and --muon_lr')
-    for o in optimizers if not bad else []:
-        scaler.step(o)
+    for o in optimizers if not bad else []: scaler.step(o)
     scaler.update()
     net.zero_grad()
     step += 1
@@ -289,10 +291,11 @@ while True:
         n = len(losses) / gradient_accumulation_steps
         mean, seconds = torch.stack(losses).sum() / n, (time.time() - since) / n
         sum_over_processes(mean)
-        memory = f', {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB' if kind == 'cuda' else ''
         rate, left = batch_size * gradient_accumulation_steps / seconds, (max_iters - step) * seconds / 60
+        tflops, memory = flops / seconds / 1e12, torch.cuda.max_memory_allocated() / 2 ** 30
+        gpu = f', MFU {tflops / peak_tflops:.1%}, {memory:.2f} GiB' if kind == 'cuda' else ''
         say(f'step {step}/{max_iters}: loss {mean:.4f}, {seconds * 1e3:.0f} ms, {rate:.0f} images/s, '
-            f'{left:.1f} minutes left{memory}')
+            f'{tflops:.3f} TFLOP/s{gpu}, {left:.1f} minutes left')
         print(f'{step},{time.time() - began:.1f},{mean:.5f},,,', file=log)
         losses, since = [], time.time()
 say(f'stopped at step {step}: --init_from=resume goes on' if halt else
