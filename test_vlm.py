@@ -182,7 +182,7 @@ def test_a_published_name_is_downloaded_once_and_never_taken_half(tmp_path, monk
         got.append(url)
         real(url.replace('https://huggingface.co', f'file://{tmp_path}'), path, progress=False)
     monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
-    assert '\n' not in refuses('main/model.safetensors did not come: try again, put it at /', load_checkpoint, 'mini')
+    assert '\n' not in refuses('main/model.safetensors did not come: try again, put', load_checkpoint, 'mini')
     assert got and not [*(tmp_path / 'cache').rglob('*.*')]
     (hub := tmp_path / 'me/mini/resolve/main').mkdir(parents=True)
     st.save_file(as_nanovlm(model := build(NANO)), f'{hub}/model.safetensors')
@@ -405,41 +405,35 @@ def test_scenes_come_from_seed_split_and_index_and_keep_unseen_pairs_out_of_trai
         assert not [pair for pair in vlm.UNSEEN if pair in text]
     for text in (Shapes('novel', 3, 'caption')[i][2] for i in range(100)):
         assert 1 <= len(re.findall('|'.join(vlm.UNSEEN), text)) == len(re.findall('small|large', text)) <= 3
+THING = rf"({'|'.join(sorted(vlm.PLACES, key=len)[::-1])}) a (?:small|large) (\w+) (\w+)"
 def test_captions_tell_what_is_drawn():
     centers = {p: (0.21 + 0.29 * (i % 3), 0.21 + 0.29 * (i // 3)) for i, p in enumerate(vlm.PLACES)}
     for image, _, text in map(Shapes('val', 5, 'caption', pixels=200).__getitem__, range(200)):
-        said = re.findall(rf"a (?:small|large) (\w+) \w+ ({'|'.join(vlm.PLACES)})(?=,|$| and)", text)
-        colors = {place: vlm.COLORS[color] for color, place in said}
+        colors = {place: vlm.COLORS[color] for place, color, _ in re.findall(THING, text)}
         assert 0 < len(colors) == len(re.findall('small|large', text))
         assert sorted(colors, key=vlm.PLACES.index) == [*colors]
         for place, (x, y) in centers.items():
             seen = image.getpixel((int(200 * x), int(200 * y)))
             far = max(abs(a - b) for a, b in zip(seen, colors.get(place, seen)))
-            assert far < 30 if place in colors else min(seen) > 200 or len(said) > 1, text
+            assert far <= 30 if place in colors else min(seen) > 200 or len(colors) > 1, text
 def test_answers_to_questions_agree_with_the_caption_of_the_scene():
-    for i in range(400):
-        data, rng, kind = Shapes('train', 9), random.Random(i), vlm.QUESTIONS[i % len(vlm.QUESTIONS)]
-        scene = data.scene(rng)
-        question, answer = data.ask(kind, scene, rng) or ('', '')
-        caption = data.ask('caption', scene, rng)[1]
-        things = re.findall(r'(?:small|large) (\w+ \w+)', caption)
-        if question and kind == 'count':
-            what = re.search(r'(\w+)\?', question)[1]
-            n = len(things) if what == 'there' else sum(what in thing for thing in things)
-            assert answer == ['zero', 'one', 'two', 'three'][n]
-        elif question and kind == 'exists':
-            assert (answer == 'yes') == (re.search(r'there an? (\w+ \w+)', question)[1] in things)
-        elif question and kind == 'choice':
-            shape, *options = re.findall(r'(\w+)(?=[:,?]| or )', question)
-            assert answer in options and [t for t in things if shape in t] == [f'{answer} {shape}']
-        elif question and kind == 'side':
-            things = re.findall(rf"({'|'.join(vlm.SHAPES)}) ({'|'.join(vlm.PLACES)})(?=,|$| and)", caption)
-            column = {shape: ('right' in place) - ('left' in place) for shape, place in things}
-            first, second = re.findall(r'the (\w+)', question)
-            assert answer == ('left' if column[first] < column[second] else 'right')
-        elif question:
-            named = re.search(r'is the (\w+)', question)[1]
-            assert [t for t in things if named in t][0].replace(named, '').strip() == answer
+    for (_, _, caption), *asked in map(Shapes('train', 9).about, range(60)):
+        found = re.findall(THING, caption)
+        things = [f'{color} {shape}' for _, color, shape in found]
+        column = {shape: ('right' in place) - ('left' in place) for place, _, shape in found}
+        for _, question, answer in asked:
+            if what := re.search(r'how many .*?(\w+)\?', question):
+                n = len(things) if what[1] == 'there' else sum(what[1] in thing for thing in things)
+                assert answer == ['zero', 'one', 'two', 'three'][n]
+            elif what := re.search(r'is there an? (.*)\?', question):
+                assert (answer == 'yes') == (what[1] in things)
+            elif what := re.search(r'is the (\w+) left or right of the (\w+)', question):
+                assert answer == ('left' if column[what[1]] < column[what[2]] else 'right')
+            elif what := re.search(r'what shape is (.*)\?', question):
+                assert [answer] == [shape for place, _, shape in found if place == what[1]]
+            else:
+                what, *options = re.findall(r'(\w+)(?=[:,?]| or )', question)
+                assert things.count(f'{answer} {what}') == 1 and answer in (options or [answer]), question
 def photos(folder, n):
     os.makedirs(folder, exist_ok=True)
     for i in range(n): Image.new('RGB', (40, 30), (i, 0, 0)).save(f'{folder}/{i}.png')

@@ -626,7 +626,7 @@ class Shapes(torch.utils.data.Dataset):
         texts = [*filter(None, (self.ask(kind, scene, rng) for kind in kinds))]
         image = Image.new('RGB', (self.pixels, self.pixels), tuple(rng.randint(225, 255) for _ in range(3)))
         for t in scene:
-            shade = tuple(min(255, max(0, v + rng.randint(-20, 20))) for v in COLORS[t.color])
+            shade = tuple(min(255, max(0, v + rng.randint(-30, 30))) for v in COLORS[t.color])
             corners = [(t.x + t.r * d * math.sin(a), t.y - t.r * d * math.cos(a)) for a, d in SHAPES[t.shape]]
             ImageDraw.Draw(image).polygon([(x * self.pixels, y * self.pixels) for x, y in corners], shade)
         return [(image, *text) for text in texts][self.part]
@@ -649,7 +649,8 @@ class Shapes(torch.utils.data.Dataset):
         """(prompt, answer) of that kind, or None if the scene does not suit it."""
         t, pairs, shapes = rng.choice(scene), [t.pair for t in scene], [t.shape for t in scene]
         if kind == 'caption':
-            *most, last = [f'a {t.size} {t.pair} {PLACES[t.place]}' for t in scene]
+            # the place first: who knows where to look also finds pairs of colour and shape never seen before
+            *most, last = [f'{PLACES[t.place]} a {t.size} {t.pair}' for t in scene]
             return '', f'{", ".join(most)} and {last}' if most else last
         if kind == 'count':
             traits = ' '.join(pairs).split()
@@ -662,8 +663,7 @@ class Shapes(torch.utils.data.Dataset):
             colors = rng.sample([t.color, *rng.sample([c for c in COLORS if c != t.color], 2)], 3)
             choice = ': {}, {} or {}'.format(*colors) if kind == 'choice' else ''
             return f'what color is the {t.shape}{choice}?', t.color
-        if kind == 'shape' and [t.color for t in scene].count(t.color) == 1:
-            return f'what shape is the {t.color} object?', t.shape
+        if kind == 'shape': return f'what shape is {PLACES[t.place]}?', t.shape
         near = [p for p in self.pairs if p not in pairs and (t.color in p or t.shape in p)]
         if kind == 'exists' and near:    # what is absent is near to what is there
             pair, truth = rng.choice([(t.pair, 'yes'), (rng.choice(near), 'no')])
