@@ -89,9 +89,10 @@ torch.set_float32_matmul_precision('high')
 torch.manual_seed(seed)
 
 # data -------------------------------------------------------------------------------------------------------
-public = dict(base='vit_b_16,gpt2', nanovlm='siglip-b-16,smollm2-135m')      # the parts of presets
+# public weights: the parts of a preset, or names; what else init_from names are files
+public = dict(base='vit_b_16,gpt2', nanovlm='siglip-b-16,smollm2-135m')
 names = public.get(preset, init_from) if init_from == 'pretrained' else init_from
-pieces = [PUBLIC[name][1] for name in names.split(',') if name in PUBLIC]        # other names are files
+pieces = [PUBLIC[name][1] for name in names.split(',') if name in PUBLIC]
 cfg = replace(VLMConfig() if pieces and preset not in public else PRESETS[preset], **ChainMap(*pieces))
 size = image_size or cfg.image_size
 train_set, val_set = (make_dataset(dataset, s, image_dir, val_dataset, size, seed) for s in ('train', 'val'))
