@@ -4,7 +4,7 @@ import ast, contextlib, csv, json, math, os, pathlib, random, re, signal, subpro
 from collections import Counter
 from dataclasses import replace
 import pytest, torch, torchvision, vlm
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 from vlm import (PRESETS, MinimalVLM, Shapes, Tokenizer, TransformerConfig, UserError, VLMConfig, collate,
@@ -382,17 +382,16 @@ def test_a_batch_is_padded_on_the_right_and_scored_on_answers_only():
     assert len(px) == 2 and ids.tolist() == [[*b'q? yes', 256, *[0] * 9], [*b' no', 256, *[0] * 12]]
     assert targets.tolist() == [[-100, -100, *b' yes', 256] + 9 * [-100], [*b' no', 256] + 12 * [-100]]
 def test_texts_that_share_an_image_and_a_row_teach_what_they_teach_alone(cfg):
-    """Loss and gradient of packed rows are those of a row for each text, with weights for tokens, too."""
+    """Loss and gradient of packed rows are those of a row for each text."""
     cfg, tok, data = replace(cfg, block_size=200), Tokenizer.make('bytes'), Shapes('train', 3)
     items = [item for i, n in enumerate((3, 1, 4)) for item in data.about(i)[:n]]
     items = [(image, question * (i % 2), answer) for i, (image, question, answer) in enumerate(items)]
     copies, both, model = [(image.copy(), *words) for image, *words in items], [], build(cfg)
     packed, alone = (collate(rows, cfg, tok, image_transform(cfg)) for rows in (items, copies))
     assert len(packed) == 4 and packed[1].size(0) == 3 and len(alone) == 3 and alone[1].size(0) == 8
-    for batch in (packed, (*alone, None)):
-        weight = torch.where(batch[2] == tok.eos, 5.0, 1.0)
+    for batch in (packed, alone):
         model.zero_grad()
-        loss = model(*batch, weight, return_logits=False)[1]
+        loss = model(*batch, return_logits=False)[1]
         loss.backward()
         both.append((loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
     close(both[0][0], both[1][0], 1e-5), close(both[0][1], both[1][1], 1e-5)

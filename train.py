@@ -40,7 +40,6 @@ block_size = 0                   # >= 0; tokens in a sequence with the image, 0 
 projection = ''                  # '', 'linear', 'mlp', 'pixel_shuffle' or 'perceiver'; '' = the preset's
 dropout = -1.0                   # >= -1 and < 1; in encoder and decoder, -1 = the preset's
 optimizer = 'muon'               # 'muon' (hidden matrices, the rest AdamW) or 'adamw'
-balance = 0.5                    # >= 0 and <= 1; 0: each token weighs the same, 1: each answer, however long
 learning_rate = 3e-3             # > 0; of AdamW
 muon_lr = 0.02                   # > 0; of Muon
 max_iters = 1200                 # >= 0; steps
@@ -94,7 +93,7 @@ public = dict(base='vit_b_16,gpt2', nanovlm='siglip-b-16,smollm2-135m')
 names = public.get(preset, init_from) if init_from == 'pretrained' else init_from
 pieces = [PUBLIC[name][1] for name in names.split(',') if name in PUBLIC]
 cfg = replace(VLMConfig() if pieces and preset not in public else PRESETS[preset], **ChainMap(*pieces))
-size = image_size or cfg.image_size
+size = model.cfg.image_size if init_from == 'resume' else image_size or cfg.image_size
 train_set, val_set = (make_dataset(dataset, s, image_dir, val_dataset, size, seed) for s in ('train', 'val'))
 show = lambda images: torch.full_like(images, 128) if blind else images
 
@@ -108,10 +107,7 @@ def load(items, first=0, augment=False):
             torch.manual_seed((seed + n) * world + rank)         # of choice of texts and augmentation
             groups = [items.about(int(order(i // items.n_images)[i % items.n_images]))[:texts_per_image]
                       for i in range(n * batch_size + rank, (n + 1) * batch_size, world)]
-            images, ids, targets, *start = collate(sum(groups, []), model.cfg, tok, transform)
-        begin, scored = start[0] if start else torch.zeros_like(ids), (targets != -100).float()
-        count = torch.zeros(ids.shape).scatter_add(1, begin, scored).gather(1, begin)    # in a token's text
-        return show(images), ids, targets, begin if start else None, scored * count.clamp(min=1) ** -balance
+            return collate(sum(groups, []), model.cfg, tok, transform)
     many = 0 if kind == 'cpu' and dataset == 'shapes' else min(8, os.cpu_count())    # to draw costs little
     workers = (num_workers if num_workers >= 0 else many) * (hasattr(os, 'fork') and kind != 'mps')
     batches = torch.utils.data.DataLoader(
@@ -119,7 +115,7 @@ def load(items, first=0, augment=False):
         num_workers=workers, multiprocessing_context='fork' if workers else None, pin_memory=kind == 'cuda')
     for images, *rest in batches:        # in channels_last convolutions are faster
         images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-        yield images, *(x if x is None else x.to(device, non_blocking=True) for x in rest)
+        yield show(images), *(x.to(device, non_blocking=True) for x in rest)
 
 # model and optimizer ----------------------------------------------------------------------------------------
 if init_from != 'resume':
@@ -202,7 +198,7 @@ def evaluate(last):
     """Loss on held-out items with their images and with others', answers, and a picture (green: right)."""
     model.eval()
     sums = torch.zeros(4)
-    for _, (images, *rest, _) in zip(range(eval_iters), load(val_set)):
+    for _, (images, *rest) in zip(range(eval_iters), load(val_set)):
         both = [model(i, *rest, return_logits=False)[1].item() for i in (images, images.roll(1, 0))]
         scored = rest[1][rest[1] != -100].tolist()
         sums += torch.tensor([*both, 1.0, len(tok.decode(scored)) / len(scored)]) * len(scored)
@@ -256,9 +252,9 @@ while True:
             with precision, torch.no_grad(): evaluate(last)
         since += time.time() - pause
     if last: break
-    # 2. the batches of this step, and what each weighs: as much as its answers do
+    # 2. the batches of this step, and what each weighs: as much as it has scored tokens
     parts = [next(stream) for _ in range(gradient_accumulation_steps)]
-    weights = [weight.sum() for *_, weight in parts]
+    weights = [(targets != -100).sum() for _, _, targets, *_ in parts]
     total = sum(weights)
     sum_over_processes(total)
     if not flops:                    # of a step: matrix products and convolutions going forward, three times

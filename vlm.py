@@ -108,10 +108,10 @@ PUBLIC = {   # published weights: their Hugging Face repository, or '' for torch
     'nanovlm-222m': ('lusxvr/nanoVLM-222M', NANOVLM)}
 SCRATCH = dict(stem='conv', patch_size=8, input_norm=True, projection='pixel_shuffle', tokenizer='bpe')
 slim = lambda n_layer, n_embd, **more: TransformerConfig(n_layer, n_embd // 32, n_embd, bias=False, **more)
-PRESETS = {  # of 1.4M and 22M parameters, what learned fastest from nothing; then of 213M and 222M
+PRESETS = {  # from nothing on a CPU: drawn scenes (1.4M parameters), photos (1.9M); then 213M and 222M
     'tiny': VLMConfig(slim(1, 128), slim(4, 128), image_size=64, vocab_size=512, block_size=144, **SCRATCH),
-    'small': VLMConfig(slim(4, 384, dropout=0.1), slim(6, 384, dropout=0.1), image_size=128, vocab_size=4096,
-                       block_size=192, **SCRATCH),
+    'small': VLMConfig(slim(1, 128, dropout=0.1), slim(4, 128, dropout=0.1), image_size=96, vocab_size=4096,
+                       block_size=160, **SCRATCH),
     'base': VLMConfig(class_token=True, **gpt(12, 12, 768), **IMAGENET), 'nanovlm': VLMConfig(**NANOVLM)}
 # 2. Building blocks -----------------------------------------------------------------------------------------
 make_norm = lambda c: (nn.RMSNorm(c.n_embd, c.norm_eps) if c.norm == 'rms' else
@@ -271,6 +271,7 @@ class LanguageDecoder(Transformer):
         return self.run(x, cache, mask=mask, rope=self.rope[:, positions].unsqueeze(-3))      # (2,..,1,S,D/2)
 # 6. The whole model -----------------------------------------------------------------------------------------
 class MinimalVLM(nn.Module):
+    """Eye, projection and mouth: forward() to train, stream() and generate() to talk, score() to choose."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -334,10 +335,10 @@ class MinimalVLM(nn.Module):
         begins = column == torch.cat([start, start[:, -1:]], dim=1)      # a text's first token is predicted
         return torch.where(begins[:, :, None], h[:, :1], h)              # by the image, wherever it stands
 
-    def forward(self, images, input_ids, targets=None, start=None, weight=None, return_logits=True):
+    def forward(self, images, input_ids, targets=None, start=None, return_logits=True):
         """images: see see(); input_ids (B,T) or (T,); targets: the same ids, unshifted, or -100 for no loss;
-        start: see hidden(). Returns logits (B,T,V), row t predicting token t+1, or None; and the loss, nats
-        a scored token, each weighed by weight (B,T), or None without targets."""
+        start: see hidden(). -> logits (B,T,V) or None, row t predicts token t+1; loss, nats a scored token,
+        or None without targets."""
         ids, loss = torch.atleast_2d(input_ids), None
         h = self.hidden(self.see(images), ids, start)
         if targets is not None:
@@ -346,8 +347,7 @@ class MinimalVLM(nn.Module):
             # the one shift: row t predicts token t; of few shapes: a CPU keeps a kernel for each
             states = F.pad(h[:, :-1][scored], (0, 0, 0, -int(scored.sum()) % 256))
             logits = self.decoder.head(states)[:scored.sum()].float()    # few of all, and the head is wide
-            nats = F.cross_entropy(logits, targets[scored], reduction='none')
-            loss = nats.mean() if weight is None else (nats * weight[scored]).sum() / weight[scored].sum()
+            loss = F.cross_entropy(logits, targets[scored])
         return (self.decoder.head(h[:, 1:]) if return_logits else None), loss
 
     @torch.no_grad()
