@@ -29,7 +29,7 @@ image_dir = ''                   # where the images of a caption file are; '' = 
 blind = False                    # true: all images grey; what another run does better, it does by looking
 augment = False                  # true: random crops and colours; not for texts that say where things are
 num_workers = -1                 # >= -1 and <= 256; processes for batches, 0 = this one, -1 = as many as help
-batch_size = 32                  # > 0; images in a batch, over all processes
+batch_size = 32                  # > 0; images in a batch, over all processes, at least one each
 texts_per_image = 6              # > 0; most texts of an image that go with it, so that it is encoded once
 gradient_accumulation_steps = 1  # > 0; batches in a step
 preset = 'tiny'                  # 'tiny', 'small', 'base' or 'nanovlm'; see PRESETS in vlm.py
@@ -91,8 +91,8 @@ torch.manual_seed(seed)
 # public weights: the parts of a preset, or names; what else init_from names are files
 public = dict(base='vit_b_16,gpt2', nanovlm='siglip-b-16,smollm2-135m')
 names = public.get(preset, init_from) if init_from == 'pretrained' else init_from
-pieces = [PUBLIC[name][1] for name in names.split(',') if name in PUBLIC]
-cfg = replace(VLMConfig() if pieces and preset not in public else PRESETS[preset], **ChainMap(*pieces))
+sets = [PUBLIC[name][1] for name in names.split(',') if name in PUBLIC]
+cfg = replace(VLMConfig() if {*init_from.split(',')} <= PUBLIC.keys() else PRESETS[preset], **ChainMap(*sets))
 size = model.cfg.image_size if init_from == 'resume' else image_size or cfg.image_size
 train_set, val_set = (make_dataset(dataset, s, image_dir, val_dataset, size, seed) for s in ('train', 'val'))
 show = lambda images: torch.full_like(images, 128) if blind else images
@@ -120,16 +120,16 @@ def load(items, first=0, augment=False):
 # model and optimizer ----------------------------------------------------------------------------------------
 if init_from != 'resume':
     old = {} if overwrite or not os.path.exists(path) else load_checkpoint(path)[1].get('settings', {'': '?'})
-    for k in sorted({k for k in old if old[k] != settings.get(k)} - {'out_dir', 'overwrite', 'init_from'}):
+    for k in sorted({k for k in old if old[k] != settings.get(k)} - {'out_dir', 'overwrite'}):
         raise UserError(f'{path} is of a run with {k}={old[k]}: take another --out_dir, or --overwrite')
-    checkpoint = {'step': 0}
     tok = Tokenizer.make(tokenizer or cfg.tokenizer, train_set.texts, vocab_size or cfg.vocab_size)
+    checkpoint = dict(step=0, tokenizer=tok, settings=settings)
     vit, text = (replace(c, dropout=c.dropout if dropout < 0 else dropout) for c in (cfg.vision, cfg.text))
     own = {k: settings[k] for k in ('image_size', 'block_size', 'projection') if settings[k]}
-    own['vocab_size'] = tok.n_vocab if init_from == 'scratch' else cfg.vocab_size
+    own['vocab_size'] = tok.n_vocab if init_from == 'scratch' else max(tok.n_vocab, cfg.vocab_size)
     cfg = replace(cfg, vision=vit, text=text, tokenizer=tok.name, **own)
     model = MinimalVLM(cfg) if init_from == 'scratch' else MinimalVLM.from_pretrained(names, cfg)
-tok = checkpoint['tokenizer'] if init_from == 'resume' else tok
+tok, settings['init_from'] = checkpoint['tokenizer'], checkpoint['settings']['init_from']
 model.to(device, memory_format=torch.channels_last)
 model.vision.grad_checkpointing = model.decoder.grad_checkpointing = grad_checkpointing
 
@@ -156,12 +156,12 @@ def orthogonal(x):
 
 frozen = re.findall('vision|projection|decoder', freeze)
 scales = dict(re.findall(r'(vision|projection|decoder)=(\d*\.?\d+(?:e-?\d+)?)', lr_scale))
-if (','.join(frozen), ','.join(map('='.join, scales.items()))) != (freeze, lr_scale):
+if (','.join(frozen), ','.join(map('='.join, scales.items()))) != (freeze, lr_scale) or len({*frozen}) == 3:
     raise UserError(f'freeze={freeze}, lr_scale={lr_scale}: wanted as vision,decoder and as projection=0.1')
 muon, adamw = {}, {}             # AdamW: embeddings, the first convolution, norms and biases, or everything
 for name, p in model.named_parameters():
     part, scale = name.split('.')[0], float(scales.get(name.split('.')[0], 1))
-    hidden = p.dim() > 1 and not re.search('embedding|position|stem.[0w]|latents|class_token', name)
+    hidden = p.dim() > 1 and not re.search('embedding|position|stem.[0w]|n.conv1|latents|class_token', name)
     groups, rate = (muon, muon_lr) if hidden and optimizer == 'muon' else (adamw, learning_rate)
     group = dict(params=[], full_lr=rate * scale, weight_decay=weight_decay * hidden)
     if p.requires_grad_(part not in frozen).requires_grad:
@@ -181,7 +181,7 @@ def answers(items, n):
         batch = [items[j] for j in chosen[i:i + 100]]
         images = show(torch.stack([transform(item[0]) for item in batch])).to(device)
         asked = [torch.tensor(encode_prompt(tok, model.cfg, q)[:room]).long().to(device) for _, q, _ in batch]
-        rows = model.generate(images, asked, max_new_tokens=50, temperature=0, stop=tok.eos)
+        rows = model.generate(images, asked, max_new_tokens=model.cfg.block_size, temperature=0, stop=tok.eos)
         for item, prompt, row in zip(batch, asked, rows):
             yield *item, tok.decode(row[len(prompt):].tolist()).strip()
 
@@ -249,7 +249,7 @@ while True:
                             random=[m.get_rng_state() for m in random],
                             optimizers=[o.state_dict() for o in optimizers])
         if not halt:
-            with precision, torch.no_grad(): evaluate(last)
+            with precision, torch.no_grad(), torch.random.fork_rng(devices=[]): evaluate(last)
         since += time.time() - pause
     if last: break
     # 2. the batches of this step, and what each weighs: as much as it has scored tokens
@@ -257,7 +257,7 @@ while True:
     weights = [(targets != -100).sum() for _, _, targets, *_ in parts]
     total = sum(weights)
     sum_over_processes(total)
-    if not flops:                    # of a step: matrix products and convolutions going forward, three times
+    if not flops:                    # of this process: three times those forward, as if nothing were frozen
         with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
             model.eval()(*parts[0], return_logits=False)
         flops = 3 * counter.get_total_flops() * gradient_accumulation_steps

@@ -99,7 +99,8 @@ NANOVLM = dict(llama('cosmo2', 30, 9, 576, 3, 1536), vision=SIGLIP, projection='
 PUBLIC = {   # published weights: their Hugging Face repository, or '' for torchvision's, and what they are
     'vit_b_16': ('', dict(class_token=True, **IMAGENET)),
     **{name: ('', dict(encoder=name, **IMAGENET)) for name in ('resnet18', 'resnet50')},
-    'siglip-b-16': ('google/siglip-base-patch16-224', dict(vision=SIGLIP)),
+    'siglip-b-16': ('google/siglip-base-patch16-224',
+                    dict(vision=SIGLIP, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)),
     **{f'gpt2{size}': (f'openai-community/gpt2{size}', gpt(*numbers)) for size, *numbers in (
         ('', 12, 12, 768), ('-medium', 24, 16, 1024), ('-large', 36, 20, 1280), ('-xl', 48, 25, 1600))},
     'smollm2-135m': ('HuggingFaceTB/SmolLM2-135M', llama('smollm2-135m', 30, 9, 576, 3, 1536)),
@@ -296,15 +297,14 @@ class MinimalVLM(nn.Module):
         names = names.split(',')
         cfg = cfg or VLMConfig(**ChainMap(*(PUBLIC.get(name, ('', NANOVLM))[1] for name in names)))
         state = {k: x for name in names for k, x in read_public(fetch(name)).items()}
-        p, extra = state.get('vision.position'), int(cfg.class_token)
-        if p is not None and len(p) != extra + cfg.grid ** 2:
-            side = math.isqrt(len(p) - extra)
-            cells = F.interpolate(p[extra:].T.reshape(1, -1, side, side), (cfg.grid,) * 2, mode='bicubic')
-            state['vision.position'] = torch.cat([p[:extra], cells.flatten(2)[0].T])
-        whole = 'projection.proj.weight' in state
-        with torch.device('meta' if whole else 'cpu'): model = cls(cfg)      # no memory for what is replaced
-        rest = {} if whole else {f'projection.{k}': x for k, x in model.projection.state_dict().items()}
-        with explained(f'{" and ".join(names)} do not fit'): model.load_state_dict(rest | state, assign=True)
+        p, extra, whole = state.get('vision.position'), int(cfg.class_token), 'projection' in ' '.join(state)
+        with explained(f'{" and ".join(names)} do not fit'):
+            if p is not None and (side := math.isqrt(len(p) - extra)) != cfg.grid:
+                cells = F.interpolate(p[extra:].T.reshape(1, -1, side, side), (cfg.grid,) * 2, mode='bicubic')
+                state['vision.position'] = torch.cat([p[:extra], cells.flatten(2)[0].T])
+            with torch.device('meta' if whole else 'cpu'): model = cls(cfg)  # no memory for what is replaced
+            rest = {} if whole else {f'projection.{k}': x for k, x in model.projection.state_dict().items()}
+            model.load_state_dict(rest | state, assign=True)
         return model
 
     def see(self, images):
@@ -331,9 +331,10 @@ class MinimalVLM(nn.Module):
         elif len(keys) > longest: raise UserError(f'{len(keys)} tokens, more than block_size={longest}')
         h = F.pad(self.decoder(x, steps, mask, cache and (buffer, known)), (0, 0, 1, 0))[:, visual.size(1):]
         if start is None: return h
-        column = max(0, known - N) + torch.arange(h.size(1), device=x.device)
-        begins = column == torch.cat([start, start[:, -1:]], dim=1)      # a text's first token is predicted
-        return torch.where(begins[:, :, None], h[:, :1], h)              # by the image, wherever it stands
+        # a text's first token is predicted by the image, wherever it stands; also that of an empty prompt
+        column = max(0, known - N) + torch.arange(h.size(1), device=x.device)    # of what a row predicts
+        begins = column == torch.cat([start, start[:, -1:]], dim=1)
+        return torch.where(begins[:, :, None], h[:, :1], h)
 
     def forward(self, images, input_ids, targets=None, start=None, return_logits=True):
         """images: see see(); input_ids (B,T) or (T,); targets: the same ids, unshifted, or -100 for no loss;
@@ -428,7 +429,7 @@ NAMES = (    # ours (-: unused), and what they replace of ViT, ResNet, SigLIP, G
 
 def fetch(name, file='model.safetensors'):
     """The path of a published file; name: the file, its folder, or one of PUBLIC, whose files are downloaded
-    once, to PyTorch's cache, and come there when they are whole."""
+    once, to PyTorch's cache. What came half is refused when it is read: delete it, and it comes anew."""
     if os.path.exists(name) or name not in PUBLIC: return f'{name}/{file}' if os.path.isdir(name) else name
     url = f'https://huggingface.co/{PUBLIC[name][0]}/resolve/main/{file}'
     if not PUBLIC[name][0]: url = torchvision.models.get_model_weights(name).DEFAULT.url
@@ -454,13 +455,13 @@ def read_safetensors(path):
 def read_public(path):
     """{our name: fp32 tensor} of a file of public weights, transposed, split and joined."""
     safe, out = path.endswith('.safetensors'), {}
-    with explained(f'{path}: no public weights that can be read; downloaded ones come anew if you delete it'):
-        for public, x in read_safetensors(path) if safe else torch.load(path, weights_only=True).items():
-            name, x = public, x.T.contiguous() if re.search(r'\bc_.*weight', public) else x      # GPT-2's
+    with explained(f'{path}: no public weights that can be read. Names are {", ".join(PUBLIC)}'):
+        for was, x in read_safetensors(path) if safe else torch.load(path, 'cpu', weights_only=True).items():
+            name, x = was, x.T.contiguous() if re.search(r'\bc_.*weight', was) else x            # GPT-2's
             for ours, theirs in NAMES: name = re.sub(theirs, ours, name)
             for part, x in zip('qkv', x.chunk(3)) if 'qkv' in name else [('', x)]:
                 key, x = name.replace('qkv', part), x.float() if x.is_floating_point() else x
-                if not (x is out.setdefault(key, x) or x.equal(out[key])): raise ValueError(f'two {public}')
+                if not (x is out.setdefault(key, x) or x.equal(out[key])): raise ValueError(f'two {was}')
     return {name: x.squeeze(0) if 'position' in name else x for name, x in out.items() if name[0] != '-'}
 
 def save_checkpoint(path, model, tokenizer, **more):
@@ -516,7 +517,7 @@ class Tokenizer:
         if name in ('bytes', 'bpe'):
             ranks = learn_bpe(map(str.strip, texts), vocab_size - 1 if name == 'bpe' else 256)
             return cls(name, ranks, {END: len(ranks)})
-        with explained(f'tokenizer={name} is not to be had here; --tokenizer=bpe and bytes always are'):
+        with explained(f'tokenizer={name} is not to be had here; --tokenizer=bpe and bytes are'):
             with open(fetch(name, 'tokenizer.json'), encoding='utf-8') as f: data = json.load(f)
             vocab, special = data['model']['vocab'], {t['content']: t['id'] for t in data['added_tokens']}
             merges = [vocab[''.join(m).replace(' ', '')] for m in data['model']['merges']]   # pairs or "a b"
@@ -775,5 +776,5 @@ def override(settings, argv=None):
     settings.update(vars(found))
     warnings.filterwarnings('ignore', module='PIL')      # of odd pictures; what is too odd raises
     sys.stdout.reconfigure(errors='backslashreplace')    # a path or prompt may hold bytes that are no text
-    shown = lambda kind, e, trace: print(f'{parser.prog}: {e}', file=sys.stderr)
-    sys.excepthook = lambda kind, *e: (shown if issubclass(kind, UserError) else sys.__excepthook__)(kind, *e)
+    say = lambda _, e, at: print(f'{parser.prog}:', str(e).split('UserError: ')[-1].strip(), file=sys.stderr)
+    sys.excepthook = lambda kind, *e: (say if issubclass(kind, UserError) else sys.__excepthook__)(kind, *e)
