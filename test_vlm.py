@@ -1,9 +1,9 @@
 """Tests of vlm.py, train.py and sample.py, in vlm.py's order: `python -m pytest -q test_vlm.py`.
 Each holds the code against something outside it: another implementation, a worked example or the slow way."""
-import ast, contextlib, csv, json, math, os, pathlib, random, re, signal, subprocess, sys, warnings
+import ast, contextlib, csv, json, math, multiprocessing.pool, os, pathlib, random, re, signal, subprocess
 from collections import Counter
 from dataclasses import replace
-import pytest, torch, torchvision, vlm
+import pytest, sys, torch, torchvision, vlm, warnings
 from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
@@ -180,7 +180,7 @@ def test_a_published_name_is_downloaded_once_and_never_taken_half(tmp_path, monk
     monkeypatch.setitem(vlm.PUBLIC, 'mini', ('me/mini', vars(NANO) | dict(tokenizer='mini')))
     def download(url, path):
         got.append(url)
-        real(url.replace('https://huggingface.co', f'file://{tmp_path}'), path, progress=False)
+        real(re.sub('https://[^/]*', f'file://{tmp_path}', url), path, progress=False)
     monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
     assert '\n' not in refuses('main/model.safetensors did not come: try again, put', load_checkpoint, 'mini')
     assert got and not [*(tmp_path / 'cache').rglob('*.*')]
@@ -191,8 +191,7 @@ def test_a_published_name_is_downloaded_once_and_never_taken_half(tmp_path, monk
         again, more = load_checkpoint('mini')
         assert torch.equal(again(*some(NANO))[0], model(*some(NANO))[0]) and more['tokenizer'].name == 'mini'
     assert len(got) == 3 and vlm.fetch(str(hub)) == f'{hub}/model.safetensors'
-    for name, start in dict(vit_b_16='vit_b_16-', resnet50='resnet50-').items():
-        refuses(f'download.pytorch.org/models/{start}', vlm.fetch, name)
+    for name in ('vit_b_16', 'resnet50'): refuses(f'download.pytorch.org/models/{name}-', vlm.fetch, name)
 def test_pixel_shuffle_takes_rows_then_columns_then_channels():
     joint, x = vlm.MultimodalProjection(CFG, 32), torch.arange(16 * 32.0).view(4, 4, 32)
     joint.proj = torch.nn.Identity()
@@ -537,12 +536,12 @@ def test_two_processes_lose_what_one_does(tmp_path):
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp('trained')
-    done = run('train.py', '--max_iters=350', '--eval_samples=10', '--eval_iters=2', cwd=folder)
+    done = run('train.py', '--max_iters=200', '--eval_samples=10', '--eval_iters=2', cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 def test_the_default_job_learns_to_look(trained):
     assert float(re.search(r'image gain (-?[\d.]+)', trained[1])[1]) > 1.0
-    assert os.path.getsize(trained[0] / 'out/samples.png') > 10_000 and len(losses(trained[0] / 'out')) == 7
+    assert os.path.getsize(trained[0] / 'out/samples.png') > 10_000 and len(losses(trained[0] / 'out')) == 4
 def test_attention_points_at_what_is_named(trained):
     """Where a colour or shape is said, the brightest of 4 x 4 cells touches its thing, nine times in ten."""
     (model, more), data, hits = load_checkpoint(f'{trained[0]}/out/ckpt.pt'), Shapes('val', 5, 'caption'), []
@@ -591,10 +590,11 @@ def test_sample_answers_ranks_and_goes_on_past_a_bad_picture(tmp_path):
     assert len(shares) == 2 and abs(sum(shares) - 100) < 0.2
     odd = run('sample.py', '--image=red.png', '--prompt=<|endoftext|> \udcff', cwd=tmp_path)   # just text
     assert odd.returncode == 0 and not odd.stderr
-    for code, words, command in (
-            (1, 'could not draw', 'sample.py --attention=x.weird'), (2, '> 0', 'sample.py --top_p=0'),
-            (1, 'block_size=144', f'sample.py --prompt={"x" * 999}'), (1, 'no x', 'sample.py --init_from=x'),
-            (1, 'finds none', 'sample.py --device=tpu'), (1, 'cannot be', 'train.py --out_dir=red.png'),
-            (1, 'another', 'train.py'), (1, 'no public', 'train.py --out_dir=b --init_from=red.png')):
-        done = run(*command.split(), cwd=tmp_path)
-        assert (done.returncode, done.stderr.count('\n')) == (code, 1) and words in done.stderr, done.stderr
+    wrong = [(1, 'could not draw', 'sample.py --attention=x.weird'), (2, '> 0', 'sample.py --top_p=0'),
+             (1, 'block_size=144', f'sample.py --prompt={"x" * 999}'), (1, 'no x', 'sample.py --init_from=x'),
+             (1, 'finds none', 'sample.py --device=tpu'), (1, 'cannot be', 'train.py --out_dir=red.png'),
+             (1, 'another', 'train.py'), (1, 'smollm2-135m', 'train.py --out_dir=b --init_from=gpt-2'),
+             (1, 'wanted as', 'train.py --out_dir=c --freeze=vision,projection,decoder')]
+    with multiprocessing.pool.ThreadPool(2) as pool:
+        for (code, words, _), got in zip(wrong, pool.map(lambda w: run(*w[2].split(), cwd=tmp_path), wrong)):
+            assert (got.returncode, got.stderr.count('\n')) == (code, 1) and words in got.stderr, got.stderr
