@@ -621,16 +621,16 @@ class Shapes(torch.utils.data.Dataset):
     __getitem__ = lambda self, index: (items := self.about(index))[index % len(items)]
 
     def about(self, index):
-        """All items about scene number index: a caption, then the questions that suit it."""
+        """All items about scene number index, in random order: a caption and the questions that suit it."""
         rng = random.Random(f'{self.seed} {self.split} {index}')
         kinds, scene = ['caption', *rng.sample(QUESTIONS, len(QUESTIONS))], self.scene(rng)
-        texts = [*filter(None, (self.ask(kind, scene, rng) for kind in kinds))]
+        texts = [*filter(None, (self.ask(kind, scene, rng) for kind in kinds))][self.part]
         image = Image.new('RGB', (self.pixels, self.pixels), tuple(rng.randint(225, 255) for _ in range(3)))
         for t in scene:
             shade = tuple(min(255, max(0, v + rng.randint(-30, 30))) for v in COLORS[t.color])
             corners = [(t.x + t.r * d * math.sin(a), t.y - t.r * d * math.cos(a)) for a, d in SHAPES[t.shape]]
             ImageDraw.Draw(image).polygon([(x * self.pixels, y * self.pixels) for x, y in corners], shade)
-        return [(image, *text) for text in texts][self.part]
+        return [(image, *text) for text in rng.sample(texts, len(texts))]
 
     def scene(self, rng):
         """One to three things that do not touch, in reading order; x, y and r in picture widths."""
