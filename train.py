@@ -30,7 +30,7 @@ blind = False                    # true: all images grey; what another run does 
 augment = False                  # true: random crops and colours; not for texts that say where things are
 num_workers = -1                 # >= -1 and <= 256; processes for batches, 0 = this one, -1 = as many as help
 batch_size = 32                  # > 0; images in a batch, over all processes, at least one each
-texts_per_image = 6              # > 0; most texts of an image that go with it, so that it is encoded once
+texts_per_image = 10             # > 0; most texts of an image that go with it, so that it is encoded once
 gradient_accumulation_steps = 1  # > 0; batches in a step
 preset = 'tiny'                  # 'tiny', 'small', 'base' or 'nanovlm'; see PRESETS in vlm.py
 tokenizer = ''                   # 'bytes', 'bpe' (learned), 'gpt2', a tokenizer.json; '' = the preset's ...
@@ -73,8 +73,8 @@ path, world, rank = f'{out_dir}/ckpt.pt', int(os.environ.get('WORLD_SIZE', 1)), 
 say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
 found = getattr(torch.accelerator.current_accelerator(check_available=True), 'type', 'cpu')
 device, kind = (found, found) if device == 'auto' else (device, device.split(':')[0])
-if kind not in ('cpu', found):
-    raise UserError(f'device={device}, but PyTorch finds none here: --device=cpu, or leave it out')
+if kind not in ('cpu', found) or batch_size < world:
+    raise UserError(f'device={device}, batch_size={batch_size}: PyTorch finds {found}; {world} want images')
 device = f'cuda:{os.environ.get("LOCAL_RANK", device[5:] or 0)}' if kind == 'cuda' else device
 if kind == 'cuda': torch.cuda.set_device(device)
 if world > 1: dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
@@ -88,11 +88,11 @@ torch.set_float32_matmul_precision('high')
 torch.manual_seed(seed)
 
 # data -------------------------------------------------------------------------------------------------------
-# public weights: the parts of a preset, or names; what else init_from names are files
+# public weights: the parts of a preset, or names; what else init_from holds are files
 public = dict(base='vit_b_16,gpt2', nanovlm='siglip-b-16,smollm2-135m')
 names = public.get(preset, init_from) if init_from == 'pretrained' else init_from
-sets = [PUBLIC[name][1] for name in names.split(',') if name in PUBLIC]
-cfg = replace(VLMConfig() if {*init_from.split(',')} <= PUBLIC.keys() else PRESETS[preset], **ChainMap(*sets))
+cfg = PRESETS[preset] if {*init_from.split(',')} - PUBLIC.keys() else VLMConfig()
+cfg = replace(cfg, **ChainMap(*(PUBLIC[name][1] for name in names.split(',') if name in PUBLIC)))
 size = model.cfg.image_size if init_from == 'resume' else image_size or cfg.image_size
 train_set, val_set = (make_dataset(dataset, s, image_dir, val_dataset, size, seed) for s in ('train', 'val'))
 show = lambda images: torch.full_like(images, 128) if blind else images
@@ -253,19 +253,19 @@ while True:
         since += time.time() - pause
     if last: break
     # 2. the batches of this step, and what each weighs: as much as it has scored tokens
-    parts = [next(stream) for _ in range(gradient_accumulation_steps)]
-    weights = [(targets != -100).sum() for _, _, targets, *_ in parts]
+    batches = [next(stream) for _ in range(gradient_accumulation_steps)]
+    weights = [(targets != -100).sum() for _, _, targets, *_ in batches]
     total = sum(weights)
     sum_over_processes(total)
     if not flops:                    # of this process: three times those forward, as if nothing were frozen
         with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
-            model.eval()(*parts[0], return_logits=False)
+            model.eval()(*batches[0], return_logits=False)
         flops = 3 * counter.get_total_flops() * gradient_accumulation_steps
     # 3. gradients, summed over batches, and over processes with the last one
     for name, part in model.named_children(): part.train(name not in frozen)     # frozen batch norms stay
-    for part, weight in zip(parts, weights):
-        net.require_backward_grad_sync = part is parts[-1]
-        with precision: loss = net(*part, return_logits=False)[1] * weight / total
+    for batch, weight in zip(batches, weights):
+        net.require_backward_grad_sync = batch is batches[-1]
+        with precision: loss = net(*batch, return_logits=False)[1] * weight / total
         scaler.scale(loss * world).backward()
         losses.append(loss.detach())
     # 4. the rate rises straight over warmup_iters, then falls straight to min_lr at lr_decay_iters

@@ -93,9 +93,9 @@ gpt = lambda *size: dict(text=TransformerConfig(*size, norm_eps=1e-5, activation
 llama = lambda tokenizer, *size: dict(vocab_size=49152, tokenizer=tokenizer, text=TransformerConfig(
     *size, norm='rms', norm_eps=1e-5, activation='swiglu', position='rope', rope_base=100000.0, bias=False))
 IMAGENET = dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225), image_resize='crop')
-NANOVLM = dict(llama('cosmo2', 30, 9, 576, 3, 1536), vision=SIGLIP, projection='pixel_shuffle',
-               image_mean=(0.0,) * 3, image_std=(1.0,) * 3, caption_prompt='What is this?',
-               prompt_template='Question: {} Answer:')
+SMOLLM2 = llama('smollm2-135m', 30, 9, 576, 3, 1536)
+NANOVLM = dict(SMOLLM2, tokenizer='cosmo2', vision=SIGLIP, projection='pixel_shuffle', image_mean=(0.0,) * 3,
+               image_std=(1.0,) * 3, caption_prompt='What is this?', prompt_template='Question: {} Answer:')
 PUBLIC = {   # published weights: their Hugging Face repository, or '' for torchvision's, and what they are
     'vit_b_16': ('', dict(class_token=True, **IMAGENET)),
     **{name: ('', dict(encoder=name, **IMAGENET)) for name in ('resnet18', 'resnet50')},
@@ -103,7 +103,7 @@ PUBLIC = {   # published weights: their Hugging Face repository, or '' for torch
                     dict(vision=SIGLIP, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)),
     **{f'gpt2{size}': (f'openai-community/gpt2{size}', gpt(*numbers)) for size, *numbers in (
         ('', 12, 12, 768), ('-medium', 24, 16, 1024), ('-large', 36, 20, 1280), ('-xl', 48, 25, 1600))},
-    'smollm2-135m': ('HuggingFaceTB/SmolLM2-135M', llama('smollm2-135m', 30, 9, 576, 3, 1536)),
+    'smollm2-135m': ('HuggingFaceTB/SmolLM2-135M', SMOLLM2),
     'smollm2-360m': ('HuggingFaceTB/SmolLM2-360M', llama('smollm2-360m', 32, 15, 960, 5, 2560)),
     'cosmo2': ('HuggingFaceTB/cosmo2-tokenizer', {}),            # nanoVLM's tokenizer
     'nanovlm-222m': ('lusxvr/nanoVLM-222M', NANOVLM)}
@@ -113,7 +113,7 @@ PRESETS = {  # from nothing on a CPU: drawn scenes (1.4M parameters), photos (1.
     'tiny': VLMConfig(slim(1, 128), slim(4, 128), image_size=64, vocab_size=512, block_size=144, **SCRATCH),
     'small': VLMConfig(slim(1, 128, dropout=0.1), slim(4, 128, dropout=0.1), image_size=96, vocab_size=4096,
                        block_size=160, **SCRATCH),
-    'base': VLMConfig(class_token=True, **gpt(12, 12, 768), **IMAGENET), 'nanovlm': VLMConfig(**NANOVLM)}
+    'base': VLMConfig(**PUBLIC['vit_b_16'][1], **PUBLIC['gpt2'][1]), 'nanovlm': VLMConfig(**NANOVLM)}
 # 2. Building blocks -----------------------------------------------------------------------------------------
 make_norm = lambda c: (nn.RMSNorm(c.n_embd, c.norm_eps) if c.norm == 'rms' else
                        nn.LayerNorm(c.n_embd, c.norm_eps, bias=c.bias))
@@ -297,11 +297,11 @@ class MinimalVLM(nn.Module):
         names = names.split(',')
         cfg = cfg or VLMConfig(**ChainMap(*(PUBLIC.get(name, ('', NANOVLM))[1] for name in names)))
         state = {k: x for name in names for k, x in read_public(fetch(name)).items()}
-        p, extra, whole = state.get('vision.position'), int(cfg.class_token), 'projection' in ' '.join(state)
+        p, whole = state.get('vision.position'), any(name.startswith('projection') for name in state)
         with explained(f'{" and ".join(names)} do not fit'):
-            if p is not None and (side := math.isqrt(len(p) - extra)) != cfg.grid:
-                cells = F.interpolate(p[extra:].T.reshape(1, -1, side, side), (cfg.grid,) * 2, mode='bicubic')
-                state['vision.position'] = torch.cat([p[:extra], cells.flatten(2)[0].T])
+            if p is not None and (side := math.isqrt(len(p))) != cfg.grid:        # a class token is first
+                cells = F.interpolate(p[-side ** 2:].T.reshape(1, -1, side, side), cfg.grid, mode='bicubic')
+                state['vision.position'] = torch.cat([p[:-side ** 2], cells.flatten(2)[0].T])
             with torch.device('meta' if whole else 'cpu'): model = cls(cfg)  # no memory for what is replaced
             rest = {} if whole else {f'projection.{k}': x for k, x in model.projection.state_dict().items()}
             model.load_state_dict(rest | state, assign=True)
@@ -479,7 +479,7 @@ def load_checkpoint(path, device='cpu'):
     if os.path.isdir(path) or path in PUBLIC:                # of public weights and their tokenizer
         model = MinimalVLM.from_pretrained(path).to(device)
         return model, {'tokenizer': Tokenizer.make(path if os.path.isdir(path) else model.cfg.tokenizer)}
-    if not os.path.isfile(path): raise UserError(f'no {path}: `python train.py` makes one; see also PUBLIC')
+    if not os.path.isfile(path): raise UserError(f'no {path}: `python train.py` makes out/ckpt.pt')
     with explained(f'{path} is damaged, or no checkpoint of this version of vlm.py'):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         cfg = checkpoint.pop('config')
