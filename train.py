@@ -27,6 +27,7 @@ dataset = 'shapes'               # 'shapes', a caption file (.csv .txt .jsonl .j
 val_dataset = ''                 # the same for validation; '' = a fixed 5 % of the images of dataset
 image_dir = ''                   # where the images of a caption file are; '' = beside it
 blind = False                    # true: all images grey; what another run does better, it does by looking
+contrastive = 0.0                # >= 0; weight of SigLIP's loss, which text is of which image, 0 = off
 augment = False                  # true: random crops and colours; not for texts that say where things are
 num_workers = -1                 # >= -1 and <= 256; processes for batches, 0 = this one, -1 = as many as help
 batch_size = 32                  # > 0; images in a batch, over all processes, at least one each
@@ -265,7 +266,7 @@ while True:
     for name, part in model.named_children(): part.train(name not in frozen)     # frozen batch norms stay
     for batch, weight in zip(batches, weights):
         net.require_backward_grad_sync = batch is batches[-1]
-        with precision: loss = net(*batch, return_logits=False)[1] * weight / total
+        with precision: loss = net(*batch, return_logits=False, contrastive=contrastive)[1] * weight / total
         scaler.scale(loss * world).backward()
         losses.append(loss.detach())
     # 4. the rate rises straight over warmup_iters, then falls straight to min_lr at lr_decay_iters
@@ -288,11 +289,10 @@ while True:
         n = len(losses) / gradient_accumulation_steps
         mean, seconds = torch.stack(losses).sum() / n, (time.time() - since) / n
         sum_over_processes(mean)
-        rate, left = batch_size * gradient_accumulation_steps / seconds, (max_iters - step) * seconds / 60
-        tflops, memory = flops / seconds / 1e12, torch.cuda.max_memory_allocated() / 2 ** 30
-        gpu = f', MFU {tflops / peak_tflops:.1%}, {memory:.2f} GiB' if kind == 'cuda' else ''
+        rate, tflops = batch_size * gradient_accumulation_steps / seconds, flops / seconds / 1e12
+        gpu = f', MFU {tflops / peak_tflops:.1%}, {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB'
         say(f'step {step}/{max_iters}: loss {mean:.4f}, {seconds * 1e3:.0f} ms, {rate:.0f} images/s, '
-            f'{tflops:.3f} TFLOP/s{gpu}, {left:.1f} minutes left')
+            f'{tflops:.3f} TFLOP/s{gpu * (kind == "cuda")}, {(max_iters - step) * seconds / 60:.1f} min left')
         print(f'{step},{time.time() - began:.1f},{mean:.5f},,,', file=log)
         losses, since = [], time.time()
 say(f'stopped at step {step}: --init_from=resume goes on' if halt else

@@ -88,19 +88,18 @@ class VLMConfig:
             raise UserError(f'image_size={self.image_size} must divide by {self.cell * self.factor}, and '
                             f'block_size={self.block_size} exceed the {self.n_visual} tokens of an image')
 
-SIGLIP = TransformerConfig(activation='gelu_tanh')
+SIGLIP = dict(vision=TransformerConfig(activation='gelu_tanh'), image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
 gpt = lambda *size: dict(text=TransformerConfig(*size, norm_eps=1e-5, activation='gelu_tanh'))
 llama = lambda tokenizer, *size: dict(vocab_size=49152, tokenizer=tokenizer, text=TransformerConfig(
     *size, norm='rms', norm_eps=1e-5, activation='swiglu', position='rope', rope_base=100000.0, bias=False))
 IMAGENET = dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225), image_resize='crop')
 SMOLLM2 = llama('smollm2-135m', 30, 9, 576, 3, 1536)
-NANOVLM = dict(SMOLLM2, tokenizer='cosmo2', vision=SIGLIP, projection='pixel_shuffle', image_mean=(0.0,) * 3,
+NANOVLM = dict(SIGLIP | SMOLLM2, tokenizer='cosmo2', projection='pixel_shuffle', image_mean=(0.0,) * 3,
                image_std=(1.0,) * 3, caption_prompt='What is this?', prompt_template='Question: {} Answer:')
 PUBLIC = {   # published weights: their Hugging Face repository, or '' for torchvision's, and what they are
     'vit_b_16': ('', dict(class_token=True, **IMAGENET)),
     **{name: ('', dict(encoder=name, **IMAGENET)) for name in ('resnet18', 'resnet50')},
-    'siglip-b-16': ('google/siglip-base-patch16-224',
-                    dict(vision=SIGLIP, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)),
+    'siglip-b-16': ('google/siglip-base-patch16-224', SIGLIP),
     **{f'gpt2{size}': (f'openai-community/gpt2{size}', gpt(*numbers)) for size, *numbers in (
         ('', 12, 12, 768), ('-medium', 24, 16, 1024), ('-large', 36, 20, 1280), ('-xl', 48, 25, 1600))},
     'smollm2-135m': ('HuggingFaceTB/SmolLM2-135M', SMOLLM2),
@@ -336,12 +335,12 @@ class MinimalVLM(nn.Module):
         begins = column == torch.cat([start, start[:, -1:]], dim=1)
         return torch.where(begins[:, :, None], h[:, :1], h)
 
-    def forward(self, images, input_ids, targets=None, start=None, return_logits=True):
+    def forward(self, images, input_ids, targets=None, start=None, return_logits=True, contrastive=0.0):
         """images: see see(); input_ids (B,T) or (T,); targets: the same ids, unshifted, or -100 for no loss;
         start: see hidden(). -> logits (B,T,V) or None, row t predicts token t+1; loss, nats a scored token,
-        or None without targets."""
-        ids, loss = torch.atleast_2d(input_ids), None
-        h = self.hidden(self.see(images), ids, start)
+        or None without targets. contrastive: the weight in it of SigLIP's loss, nats an image."""
+        ids, visual, loss = torch.atleast_2d(input_ids), self.see(images), None
+        h = self.hidden(visual, ids, start)
         if targets is not None:
             scored = (targets := targets.view_as(ids)) != -100
             scored[:, 0] &= images is not None       # without an image nothing predicts the first token
@@ -349,6 +348,11 @@ class MinimalVLM(nn.Module):
             states = F.pad(h[:, :-1][scored], (0, 0, 0, -int(scored.sum()) % 256))
             logits = self.decoder.head(states)[:scored.sum()].float()    # few of all, and the head is wide
             loss = F.cross_entropy(logits, targets[scored])
+            if contrastive:      # which text, read without an image, goes with which image of the batch?
+                words = self.hidden(self.see(None), ids)[:, 1:] * scored[..., None]                # (B,T,C)
+                cosine = F.normalize(visual.mean(1), dim=-1) @ F.normalize(words.sum(1), dim=-1).T     # (B,B)
+                siglip = F.binary_cross_entropy_with_logits(10 * cosine - 5, torch.eye(len(ids)).to(cosine))
+                loss = loss + contrastive * siglip * len(ids)
         return (self.decoder.head(h[:, 1:]) if return_logits else None), loss
 
     @torch.no_grad()
@@ -709,16 +713,12 @@ class CaptionedImages(torch.utils.data.Dataset):
     __len__ = lambda self: len(self.owner)
     entry = lambda self, i: json.loads(self.block[self.ends[i]:self.ends[i + 1]])
     texts = property(lambda self: (' '.join(t) for i in range(self.n_images) for t in self.entry(i)[1]))
-
-    def __getitem__(self, index):
-        items = sorted(self.about(int(self.owner[index])), key=lambda item: item[1:])
-        return items[index % len(items)]
+    __getitem__ = lambda self, i: (ts := sorted(self.about(self.owner[i]), key=lambda t: t[1:]))[i % len(ts)]
 
     def about(self, index):
         """All items about image number index, in random order."""
-        for i in (i % self.n_images for i in range(index, index + self.n_images)):
+        for i in (i for i in itertools.chain(range(index, self.n_images), range(index)) if not self.bad[i]):
             try:
-                if self.bad[i]: continue
                 name, texts = self.entry(i)
                 image = open_image(os.path.join(self.folder, name), self.size)
                 return [(image, *texts[j]) for j in torch.randperm(len(texts))]
