@@ -75,7 +75,7 @@ say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
 found = getattr(torch.accelerator.current_accelerator(check_available=True), 'type', 'cpu')
 device, kind = (found, found) if device == 'auto' else (device, device.split(':')[0])
 if kind not in ('cpu', found) or batch_size < world:
-    raise UserError(f'device={device}, batch_size={batch_size}: PyTorch finds {found}; {world} want images')
+    raise UserError(f'device={device}: PyTorch finds {found} here; batch_size={batch_size}: {world} at least')
 device = f'cuda:{os.environ.get("LOCAL_RANK", device[5:] or 0)}' if kind == 'cuda' else device
 if kind == 'cuda': torch.cuda.set_device(device)
 if world > 1: dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
