@@ -348,7 +348,7 @@ class MinimalVLM(nn.Module):
             states = F.pad(h[:, :-1][scored], (0, 0, 0, -int(scored.sum()) % 256))
             logits = self.decoder.head(states)[:scored.sum()].float()    # few of all, and the head is wide
             loss = F.cross_entropy(logits, targets[scored])
-            if contrastive:      # which text, read without an image, goes with which image of the batch?
+            if contrastive:      # SigLIP, scale and bias fixed: which text, read alone, is of which image?
                 words = self.hidden(self.see(None), ids)[:, 1:] * scored[..., None]                # (B,T,C)
                 cosine = F.normalize(visual.mean(1), dim=-1) @ F.normalize(words.sum(1), dim=-1).T     # (B,B)
                 siglip = F.binary_cross_entropy_with_logits(10 * cosine - 5, torch.eye(len(ids)).to(cosine))
