@@ -527,7 +527,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path):
         assert other.returncode == 1 and words in other.stderr and other.stderr.count('\n') == 1
 def test_two_processes_lose_what_one_does(tmp_path):
     """The eye is frozen here: batch norm learns from the images of its own process alone."""
-    options = [*SMALL, '--max_iters=4', '--freeze=vision']
+    options = [*SMALL, '--max_iters=4', '--freeze=vision', '--projection=perceiver']
     assert run('train.py', *options, cwd=tmp_path).returncode == 0
     both = '-m torch.distributed.run --standalone --nproc_per_node=2'.split() + [HERE / 'train.py', *options]
     subprocess.run([sys.executable, *both, '--out_dir=two'], cwd=tmp_path, timeout=200, env=ENV, check=True)

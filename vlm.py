@@ -248,7 +248,7 @@ class MultimodalProjection(nn.Module):
         (B, _, C), f, g = x.shape, self.factor, self.grid // self.factor
         x = self.proj(x.view(B, g, f, g, f, C).transpose(2, 3).reshape(B, g * g, f * f * C))
         if self.resampler is None: return x
-        return self.resampler.run(self.latents.expand(len(x), -1, -1), context=self.norm(x))
+        return self.resampler.run(self.latents.repeat(len(x), 1, 1), context=self.norm(x))
 # 5. Language decoder ----------------------------------------------------------------------------------------
 class LanguageDecoder(Transformer):
     """GPT-2 or Llama, by config alone. It takes embeddings, not ids: an image has no ids."""
