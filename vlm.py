@@ -627,8 +627,8 @@ class Shapes(torch.utils.data.Dataset):
     def about(self, index):
         """All items about scene number index, in random order: a caption and the questions that suit it."""
         rng = random.Random(f'{self.seed} {self.split} {index}')
-        kinds, scene = ['caption', *rng.sample(QUESTIONS, len(QUESTIONS))], self.scene(rng)
-        texts = [*filter(None, (self.ask(kind, scene, rng) for kind in kinds))][self.part]
+        scene = self.scene(rng)
+        texts = [*filter(None, (self.ask(kind, scene, rng) for kind in ('caption', *QUESTIONS)))][self.part]
         image = Image.new('RGB', (self.pixels, self.pixels), tuple(rng.randint(225, 255) for _ in range(3)))
         for t in scene:
             shade = tuple(min(255, max(0, v + rng.randint(-30, 30))) for v in COLORS[t.color])
