@@ -547,8 +547,9 @@ def test_attention_points_at_what_is_named(trained):
     (model, more), data, hits = load_checkpoint(f'{trained[0]}/out/ckpt.pt'), Shapes('val', 5, 'caption'), []
     attns, tok = [block.attn for block in model.decoder.blocks], more['tokenizer']
     for i in range(80):
-        (image, _, text), scene = data[i], data.scene(random.Random(f'5 val {i}'))
-        ids = torch.tensor(tok.encode(' ' + text))
+        (image, _, text), rng = data[i], random.Random(f'5 val {i}')
+        rng.sample(vlm.QUESTIONS, len(vlm.QUESTIONS))                # as about() does before it draws a scene
+        scene, ids = data.scene(rng), torch.tensor(tok.encode(' ' + text))
         for attn in attns: attn.maps = []
         model.eval().hidden(model.see(image_transform(model.cfg)(image)), ids[None])
         maps = torch.stack([attn.maps[0][0].mean(0) for attn in attns]).mean(0)

@@ -626,8 +626,9 @@ class Shapes(torch.utils.data.Dataset):
 
     def about(self, index):
         """All items about scene number index, in random order: a caption and the questions that suit it."""
-        scene = self.scene(rng := random.Random(f'{self.seed} {self.split} {index}'))
-        texts = [*filter(None, (self.ask(kind, scene, rng) for kind in ('caption', *QUESTIONS)))][self.part]
+        rng = random.Random(f'{self.seed} {self.split} {index}')
+        kinds, scene = ['caption', *rng.sample(QUESTIONS, len(QUESTIONS))], self.scene(rng)
+        texts = [*filter(None, (self.ask(kind, scene, rng) for kind in kinds))][self.part]
         image = Image.new('RGB', (self.pixels, self.pixels), tuple(rng.randint(225, 255) for _ in range(3)))
         for t in scene:
             shade = tuple(min(255, max(0, v + rng.randint(-30, 30))) for v in COLORS[t.color])
@@ -775,6 +776,5 @@ def override(settings, argv=None):
     settings.update(vars(found))
     warnings.filterwarnings('ignore', module='PIL')      # of odd pictures; what is too odd raises
     sys.stdout.reconfigure(errors='backslashreplace')    # a path or prompt may hold bytes that are no text
-    # an error that a worker met comes with a traceback for a text: its own words are the last
     say = lambda _, e, at: print(f'{parser.prog}:', str(e).split('UserError: ')[-1].strip(), file=sys.stderr)
     sys.excepthook = lambda kind, *e: (say if issubclass(kind, UserError) else sys.__excepthook__)(kind, *e)
