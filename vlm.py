@@ -776,5 +776,5 @@ def override(settings, argv=None):
     settings.update(vars(found))
     warnings.filterwarnings('ignore', module='PIL')      # of odd pictures; what is too odd raises
     sys.stdout.reconfigure(errors='backslashreplace')    # a path or prompt may hold bytes that are no text
-    say = lambda _, e, at: print(f'{parser.prog}:', str(e).split('UserError: ')[-1].strip(), file=sys.stderr)
+    say = lambda _, e, at: parser.exit(1, f'{parser.prog}: {str(e).split("vlm.UserError: ")[-1].strip()}\n')
     sys.excepthook = lambda kind, *e: (say if issubclass(kind, UserError) else sys.__excepthook__)(kind, *e)
