@@ -35,7 +35,7 @@ found = getattr(torch.accelerator.current_accelerator(check_available=True), 'ty
 device, kind = (found, found) if device == 'auto' else (device, device.split(':')[0])
 if kind not in ('cpu', found):
     raise UserError(f'device={device}, but PyTorch finds none here: --device=cpu, or leave it out')
-fast = 'bfloat16' if kind == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
+fast = 'bfloat16' if kind == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False) else 'float32'
 torch.manual_seed(seed := seed or time.time_ns() % 2 ** 31)
 torch.set_grad_enabled(False)
 model, checkpoint = load_checkpoint(init_from or os.path.join(out_dir, 'ckpt.pt'), device)

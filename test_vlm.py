@@ -210,10 +210,10 @@ def test_loss_is_that_of_predicting_each_token_from_what_is_before_it(cfg):
     close(F.cross_entropy(logits[2, :-1], ids[2, 1:]), torch.stack(slow[-6:]).mean(), 1e-4)
 def test_the_contrastive_loss_is_that_of_siglips_paper():
     """Each image with each text, read alone: the mean over images of -log sigmoid(+-(10 cosine - 5))."""
-    model, (images, ids) = build(CFG), some(CFG)
-    targets, eyes = ids.where(torch.arange(7) > 2, -100), model.see(images).mean(1)[:, None]
-    plain, both = (model(images, ids, targets, contrastive=weight)[1] for weight in (0, 0.5))
-    words = torch.stack([model.hidden(model.see(None), row[None])[0, 4:].mean(0) for row in ids])
+    model, (images, ids), start = build(CFG), some(CFG), torch.tensor([0] * 3 + [3] * 4).expand(3, 7)
+    targets, eyes = ids.where(start > 0, -100), model.see(images).mean(1)[:, None]
+    plain, both = (model(images, ids, targets, start, contrastive=weight)[1] for weight in (0, 0.5))
+    words = torch.stack([model.hidden(model.see(None), row[None, 3:])[0, 1:].mean(0) for row in ids])
     signs = (20 * F.cosine_similarity(eyes, words, dim=-1) - 10) * (torch.eye(3) - 0.5)
     close(both - plain, -0.5 * F.logsigmoid(signs).sum() / 3, 1e-5)
 def test_text_sees_the_image_and_the_past_but_not_the_future(cfg):
@@ -459,7 +459,7 @@ def test_every_caption_format_gives_the_same_items(tmp_path):
     talk = [{'image': f'{i}.png', 'conversations': [
         {'from': 'human', 'value': '<image>\nwho?'}, {'from': 'gpt', 'value': f'who {i}'},
         {'from': 'human', 'value': 'why?'}, {'from': 'gpt', 'value': f'why {i}'}]} for i in range(4)]
-    assert items('b.json', json.dumps(talk)) == qa
+    assert items('b.json', json.dumps([*talk, {'conversations': talk[0]['conversations'][2:]}])) == qa
     rows = [dict(image=f'{i}.png', prompt=q, answer=a) for i, q, a in qa]
     assert items('b.jsonl', '\n'.join(map(json.dumps, rows))) == qa
 def test_a_folder_of_class_folders_and_the_split_by_image(tmp_path):

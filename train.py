@@ -19,7 +19,7 @@ out_dir = 'out'                  # folder for ckpt.pt, log.csv and samples.png
 init_from = 'scratch'            # 'scratch', 'resume', 'pretrained', names as siglip-b-16,gpt2, files ...
 eval_interval = 1000             # > 0; steps between evaluations, each of which saves
 log_interval = 50                # > 0; steps between lines of the log
-eval_iters = 20                  # > 0; held-out batches for the validation loss
+eval_iters = 20                  # > 0; held-out batches for the validation loss; image gain: of 2 or more
 eval_samples = 200               # >= 0; held-out items answered in words, 0 = none; last on shapes: 16 times
 eval_only = False                # true: with init_from=resume, evaluate and stop
 overwrite = False                # true: may replace a checkpoint of a run with other settings
@@ -37,7 +37,7 @@ preset = 'tiny'                  # 'tiny', 'small', 'base' or 'nanovlm'; see PRE
 tokenizer = ''                   # 'bytes', 'bpe' (learned), 'gpt2', a tokenizer.json; '' = the preset's ...
 vocab_size = 0                   # >= 0; most tokens for bpe to learn, 0 = the preset's
 image_size = 0                   # >= 0; pixels a side, 0 = the preset's
-block_size = 0                   # >= 0; tokens in a sequence with the image, 0 = the preset's
+block_size = 0                   # >= 0; tokens with the image, 0 = the preset's; GPT-2's weights have 1024
 projection = ''                  # '', 'linear', 'mlp', 'pixel_shuffle' or 'perceiver'; '' = the preset's
 dropout = -1.0                   # >= -1 and < 1; in encoder and decoder, -1 = the preset's
 optimizer = 'muon'               # 'muon' (hidden matrices, the rest AdamW) or 'adamw'
@@ -94,7 +94,7 @@ public = dict(base='vit_b_16,gpt2', nanovlm='siglip-b-16,smollm2-135m')
 names = public.get(preset, init_from) if init_from == 'pretrained' else init_from
 cfg = PRESETS[preset] if {*init_from.split(',')} - PUBLIC.keys() else VLMConfig()
 cfg = replace(cfg, **ChainMap(*(PUBLIC[name][1] for name in names.split(',') if name in PUBLIC)))
-size = model.cfg.image_size if init_from == 'resume' else image_size or cfg.image_size
+size = (model.cfg.image_size if init_from == 'resume' else image_size or cfg.image_size) * (1 + augment)
 train_set, val_set = (make_dataset(dataset, s, image_dir, val_dataset, size, seed) for s in ('train', 'val'))
 show = lambda images: torch.full_like(images, 128) if blind else images
 
@@ -178,8 +178,8 @@ def answers(items, n):
     """The model's greedy answers to n items, always the same: (image, prompt, truth, answer) each."""
     transform, room = image_transform(model.cfg), model.cfg.longest_prompt
     chosen = torch.randperm(len(items), generator=torch.Generator().manual_seed(0))[:n].tolist()
-    for i in range(0, len(chosen), 100):
-        batch = [items[j] for j in chosen[i:i + 100]]
+    for i in range(0, len(chosen), batch_size):
+        batch = [items[j] for j in chosen[i:i + batch_size]]
         images = show(torch.stack([transform(item[0]) for item in batch])).to(device)
         asked = [torch.tensor(encode_prompt(tok, model.cfg, q)[:room]).long().to(device) for _, q, _ in batch]
         rows = model.generate(images, asked, max_new_tokens=model.cfg.block_size, temperature=0, stop=tok.eos)
@@ -235,8 +235,8 @@ with explained(f'out_dir={out_dir} cannot be written', OSError):
 if not step: print('step,seconds,loss,val_loss,val_loss_swapped,word_for_word', file=log)
 for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda n, frame: stop.append(n))
 each = [f'{k} {sum(p.numel() for p in part.parameters()) / 1e6:.2f}' for k, part in model.named_children()]
-say(f'{preset}: {", ".join(each)} million parameters, {tok.name} tokenizer of {tok.n_vocab}; '
-    f'{len(train_set)} items and {len(val_set)} held out; {device}, {dtype}')
+say(f'{preset}: {", ".join(each)} M parameters, {tok.name} tokenizer of {tok.n_vocab}; {device}, {dtype}; '
+    f'{len(train_set)} items, {len(val_set)} held out; texts up to {2 * model.cfg.longest_prompt} tokens')
 stream, since, began = load(train_set, step * gradient_accumulation_steps, augment), time.time(), time.time()
 while True:
     # 1. save and evaluate now and then and at the end; a signal to one process stops all at the same step

@@ -13,7 +13,7 @@ Contents: 1 config, 2 building blocks, 3 vision encoder, 4 projection, 5 languag
 serve both stacks: ViT, SigLIP, GPT-2 and SmolLM2 differ only in a TransformerConfig. Left out: beams, tiles.
 Letters: B batch, T text tokens or queries, N visual tokens, S sequence or keys, C channels, H heads,
 K heads of keys and values, D channels a head, V vocabulary. Papers (arXiv): ViT 2010.11929,
-SigLIP 2303.15343, LLaVA 2304.08485, Perceiver 2204.14198, Llama 2302.13971, RoPE 2104.09864.
+SigLIP 2303.15343, LLaVA 2304.08485, Flamingo 2204.14198, Llama 2302.13971, RoPE 2104.09864.
 """
 import argparse, codecs, contextlib, csv, difflib, itertools, json, math, mmap, os, random, re, sys, warnings
 from collections import ChainMap, Counter, OrderedDict, defaultdict
@@ -110,7 +110,7 @@ SCRATCH = dict(stem='conv', patch_size=8, input_norm=True, projection='pixel_shu
 slim = lambda n_layer, n_embd, **more: TransformerConfig(n_layer, n_embd // 32, n_embd, bias=False, **more)
 PRESETS = {  # from nothing on a CPU: drawn scenes (1.4M parameters), photos (1.9M); then 213M and 222M
     'tiny': VLMConfig(slim(1, 128), slim(4, 128), image_size=64, vocab_size=512, block_size=144, **SCRATCH),
-    'small': VLMConfig(slim(1, 128, dropout=0.1), slim(4, 128, dropout=0.1), image_size=96, vocab_size=4096,
+    'small': VLMConfig(slim(1, 128, dropout=0.1), slim(4, 128, dropout=0.1), image_size=64, vocab_size=4096,
                        block_size=160, **SCRATCH),
     'base': VLMConfig(**PUBLIC['vit_b_16'][1], **PUBLIC['gpt2'][1]), 'nanovlm': VLMConfig(**NANOVLM)}
 # 2. Building blocks -----------------------------------------------------------------------------------------
@@ -320,11 +320,11 @@ class MinimalVLM(nn.Module):
         (1,N,C): row t is what predicts token t. start (B,T) or (B,1): the column where a token's own text
         begins; it sees the image and that. cache: (buffer, known tokens in it, visual ones among these)."""
         x = torch.cat([visual.expand(len(input_ids), -1, -1), self.read(input_ids)], dim=1)
-        (buffer, known, N), longest = cache or (None, 0, visual.size(1)), self.cfg.block_size
-        steps, mask = (keys := torch.arange(known + x.size(1), device=x.device))[known:], None
+        (buffer, known, N), longest, mask = cache or (None, 0, visual.size(1)), self.cfg.block_size, None
+        keys = torch.arange(known + x.size(1), device=x.device)          # columns, those in the cache, too
+        steps, queries = keys[known:], keys[known:, None]                # the new ones, also their positions
         if start is not None:            # padding sees itself, or softmax gives nan, and may lie anywhere
-            start, queries = start.expand(input_ids.shape), steps[:, None]
-            own = F.pad(start, (visual.size(1), 0))[:, :, None]                          # (B,T,1)
+            own = F.pad(start := start.expand(input_ids.shape), (visual.size(1), 0))[:, :, None]     # (B,T,1)
             mask = (keys <= queries) & ((keys < N) | (keys >= N + own)) | (keys == queries)
             mask, steps = mask[:, None], (steps - own[..., 0]).clamp(0, longest - 1)     # (B,1,T,S), (B,T)
         elif len(keys) > longest: raise UserError(f'{len(keys)} tokens, more than block_size={longest}')
@@ -344,12 +344,12 @@ class MinimalVLM(nn.Module):
         if targets is not None:
             scored = (targets := targets.view_as(ids)) != -100
             scored[:, 0] &= images is not None       # without an image nothing predicts the first token
-            # the one shift: row t predicts token t; of few shapes: a CPU keeps a kernel for each
+            # the one shift: h's row t predicts token t; rows in 256s: a CPU keeps a kernel for each shape
             states = F.pad(h[:, :-1][scored], (0, 0, 0, -int(scored.sum()) % 256))
             logits = self.decoder.head(states)[:scored.sum()].float()    # few of all, and the head is wide
             loss = F.cross_entropy(logits, targets[scored])
             if contrastive:      # SigLIP, scale and bias fixed: which text, read alone, is of which image?
-                words = self.hidden(self.see(None), ids)[:, 1:] * scored[..., None]                # (B,T,C)
+                words = self.hidden(self.see(None), ids, start)[:, 1:] * scored[..., None]         # (B,T,C)
                 cosine = F.normalize(visual.mean(1), dim=-1) @ F.normalize(words.sum(1), dim=-1).T     # (B,B)
                 siglip = F.binary_cross_entropy_with_logits(10 * cosine - 5, torch.eye(len(ids)).to(cosine))
                 loss = loss + contrastive * siglip * len(ids)
@@ -370,15 +370,15 @@ class MinimalVLM(nn.Module):
             visual, (B, T), longest = self.see(images), ids.shape, self.cfg.block_size
             N, shortest, attn = visual.size(1), min(map(len, prompts)), self.decoder.blocks[0].attn
             if not 0 < N + shortest <= N + T < longest:
-                raise UserError(f'{shortest and N + T} tokens: at least 1, < block_size={longest}')
+                raise UserError(f'image {N} + prompt {T} tokens: at least 1, < block_size={longest}')
             start = ids.new_tensor([[T - len(prompt)] for prompt in prompts]) if shortest < T else None
             end = min(N + T + max_new_tokens, longest)       # keys and values of all layers, allocated once:
             size = self.cfg.text.n_layer, 2, B, attn.n_kv_head, end, attn.head_dim
             kv, visual = visual.new_zeros(size) if use_cache else None, visual.expand(B, -1, -1)
             # 2. read them, remember keys and values, and share these among the samples
             h = self.hidden(visual, ids, start, (kv, 0, N) if use_cache else None)
-            visual, ids, start, h, kv = (x if x is None else x.repeat_interleave(num_samples, dim)
-                                         for x, dim in zip((visual, ids, start, h, kv), (0, 0, 0, 0, 2)))
+            share = lambda x, dim=0: x if x is None else x.repeat_interleave(num_samples, dim)
+            visual, ids, start, h, kv = share(visual), share(ids), share(start), share(h), share(kv, 2)
             # 3. say a token, read it, and again
             head, done = self.decoder.head, torch.zeros(len(h), 1, dtype=torch.bool, device=h.device)
             for S in range(N + T, end):
@@ -463,9 +463,9 @@ def read_public(path):
         for was, x in read_safetensors(path) if safe else torch.load(path, 'cpu', weights_only=True).items():
             name, x = was, x.T.contiguous() if re.search(r'\bc_.*weight', was) else x            # GPT-2's
             for ours, theirs in NAMES: name = re.sub(theirs, ours, name)
-            for part, x in zip('qkv', x.chunk(3)) if 'qkv' in name else [('', x)]:
-                key, x = name.replace('qkv', part), x.float() if x.is_floating_point() else x
-                if not (x is out.setdefault(key, x) or x.equal(out[key])): raise ValueError(f'two {was}')
+            for part, y in zip('qkv', x.chunk(3)) if 'qkv' in name else [('', x)]:
+                key, y = name.replace('qkv', part), y.float() if y.is_floating_point() else y
+                if y is not out.setdefault(key, y) and not y.equal(out[key]): raise ValueError(f'two {was}')
     return {name: x.squeeze(0) if 'position' in name else x for name, x in out.items() if name[0] != '-'}
 
 def save_checkpoint(path, model, tokenizer, **more):
@@ -596,8 +596,8 @@ def collate(items, cfg, tokenizer, transform):
         images.append(transform(image))
         rows.append((ids, targets, start))
     longest = -(-max(len(ids) for ids, *_ in rows) // 16) * 16    # few shapes: a CPU keeps a kernel for each
-    pad = lambda rows, value: torch.tensor([row + [value] * (longest - len(row)) for row in rows])
-    return torch.stack(images), *map(pad, [*zip(*rows)][:2 + (len(images) < len(items))], (0, -100, 0))
+    pad = lambda i, value: torch.tensor([row[i] + [value] * (longest - len(row[i])) for row in rows])
+    return torch.stack(images), pad(0, 0), pad(1, -100), *([pad(2, 0)] if len(images) < len(items) else [])
 # 10. Data ---------------------------------------------------------------------------------------------------
 COLORS = {'red': (225, 40, 40), 'green': (40, 170, 70), 'blue': (40, 80, 225), 'yellow': (240, 215, 40),
           'orange': (245, 135, 25), 'purple': (145, 55, 190), 'cyan': (60, 205, 225), 'black': (35, 35, 35)}
@@ -693,13 +693,13 @@ def read_captions(path):
             files = {image['id']: image['file_name'] for image in data['images']}
             rows = [{'image': files.get(a['image_id'], a['image_id']), **a} for a in data['annotations']]
         else:                            # LLaVA: each question with its answer is an item
-            rows = [dict(image=talk['image'], prompt=q['value'].replace('<image>', ''), answer=a['value'])
+            rows = [dict(image=talk.get('image', 'no image'), prompt=q['value'], answer=a['value'])
                     for talk in data for q, a in zip(talk['conversations'][::2], talk['conversations'][1::2])]
     for n, row in enumerate(rows, 1):
         image, prompt, text = row.get('image'), row.get('prompt') or '', row.get('caption', row.get('answer'))
         if not image or not text or None in row or ('caption' not in row and not prompt):
             raise ValueError(f'row {n}: wanted image and caption, or image, prompt and answer, not {[*row]}')
-        yield str(image), str(prompt).strip(), str(text).strip()
+        yield str(image), str(prompt).replace('<image>', '').strip(), str(text).strip()
 
 class CaptionedImages(torch.utils.data.Dataset):
     """Items (PIL image, prompt, answer) from {image name: [[prompt, answer], ...]}, kept as a block of bytes
