@@ -535,8 +535,8 @@ def test_two_processes_lose_what_one_does(tmp_path):
     close(one, two, 2e-4)
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('trained')
-    done = run('train.py', '--max_iters=300', '--eval_samples=10', '--eval_iters=2', cwd=folder)
+    options = '--max_iters=300 --batch_size=16 --eval_samples=10 --eval_iters=2'.split()
+    done = run('train.py', *options, cwd=(folder := tmp_path_factory.mktemp('trained')))
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 def test_the_default_job_learns_to_look(trained):
