@@ -1,9 +1,9 @@
 """Trains the model of vlm.py on a GPU, an Apple chip or a CPU, or on several: torchrun --nproc_per_node=4 ...
 
     python train.py                                   from nothing, on drawn shapes, in minutes on a laptop
-    python train.py --batch_size=64                   any setting below is changed like this
-    python train.py --preset=small --dataset=photos/captions.txt --augment       your photos (README)
     python train.py --init_from=resume                on after a stop, with that run's settings
+    python train.py --batch_size=64 --out_dir=out-64  any setting below is changed like this
+    python train.py --preset=small --dataset=photos/captions.txt --augment --out_dir=out-photos  your photos
 """
 import contextlib, functools, math, os, re, signal, textwrap, time
 from collections import ChainMap, Counter
@@ -20,7 +20,7 @@ init_from = 'scratch'            # 'scratch', 'resume', 'pretrained', names as s
 eval_interval = 1000             # > 0; steps between evaluations, each of which saves
 log_interval = 50                # > 0; steps between lines of the log
 eval_iters = 20                  # > 0; held-out batches for the validation loss; image gain: of 2 or more
-eval_samples = 200               # >= 0; held-out items answered in words, 0 = none; last on shapes: 16 times
+eval_samples = 200               # >= 0; held-out items answered in words, 0 = none; at the end on shapes more
 eval_only = False                # true: with init_from=resume, evaluate and stop
 overwrite = False                # true: may replace a checkpoint of a run with other settings
 dataset = 'shapes'               # 'shapes', a caption file (.csv .txt .jsonl .json), a folder of classes ...
@@ -67,14 +67,14 @@ if init_from == 'resume':        # that run's settings, then again the command l
     globals().update(checkpoint['settings'], out_dir=out_dir, init_from=init_from, eval_only=eval_only)
     override(globals())
     model_settings = 'preset tokenizer vocab_size image_size block_size projection dropout'.split()
-    for k in (k for k in model_settings if globals()[k] != checkpoint['settings'][k]):
-        raise UserError(f'{k}={globals()[k]}: a resumed run keeps its model, of {checkpoint["settings"][k]}')
+    if changed := [k for k in model_settings if globals()[k] != checkpoint['settings'][k]]:
+        raise UserError(f'{", ".join(changed)}: a resumed run keeps its model as it was made')
 settings = {k: v for k, v in globals().items() if not k.startswith('_') and isinstance(v, (int, float, str))}
 path, world, rank = f'{out_dir}/ckpt.pt', int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
 say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
 found = getattr(torch.accelerator.current_accelerator(check_available=True), 'type', 'cpu')
 device, kind = (found, found) if device == 'auto' else (device, device.split(':')[0])
-if kind not in ('cpu', found) or batch_size < world:
+if not re.fullmatch(rf'(cpu|{found})(:\d+)?', device) or batch_size < world:
     raise UserError(f'device={device}: PyTorch finds {found} here; batch_size={batch_size}: {world} at least')
 device = f'cuda:{os.environ.get("LOCAL_RANK", device[5:] or 0)}' if kind == 'cuda' else device
 if kind == 'cuda': torch.cuda.set_device(device)
@@ -89,12 +89,12 @@ torch.set_float32_matmul_precision('high')
 torch.manual_seed(seed)
 
 # data -------------------------------------------------------------------------------------------------------
-# public weights: the parts of a preset, or names; what else init_from holds are files
-public = dict(base='vit_b_16,gpt2', nanovlm='siglip-b-16,smollm2-135m')
+public = dict(base='vit_b_16,gpt2', nanovlm='siglip-b-16,smollm2-135m')     # parts that are published
 names = public.get(preset, init_from) if init_from == 'pretrained' else init_from
-cfg = PRESETS[preset] if {*init_from.split(',')} - PUBLIC.keys() else VLMConfig()
+cfg = VLMConfig() if {*init_from.split(',')} <= PUBLIC.keys() else PRESETS[preset]     # a file: the preset's
 cfg = replace(cfg, **ChainMap(*(PUBLIC[name][1] for name in names.split(',') if name in PUBLIC)))
-size = (model.cfg.image_size if init_from == 'resume' else image_size or cfg.image_size) * (1 + augment)
+cfg = model.cfg if init_from == 'resume' else cfg
+size = (image_size or cfg.image_size) * (1 + augment)        # what a crop enlarges is read twice as large
 train_set, val_set = (make_dataset(dataset, s, image_dir, val_dataset, size, seed) for s in ('train', 'val'))
 show = lambda images: torch.full_like(images, 128) if blind else images
 
@@ -113,16 +113,16 @@ def load(items, first=0, augment=False):
     workers = (num_workers if num_workers >= 0 else many) * (hasattr(os, 'fork') and kind != 'mps')
     batches = torch.utils.data.DataLoader(
         range(first, 10 ** 9), batch_size=None, collate_fn=make, generator=torch.Generator(),
-        num_workers=workers, multiprocessing_context='fork' if workers else None, pin_memory=kind == 'cuda')
+        num_workers=workers, multiprocessing_context='fork' if workers else None, pin_memory=kind == 'cuda',
+        worker_init_fn=lambda _: os.setpgrp())       # a signal to our process group is not for the workers
     for images, *rest in batches:        # in channels_last convolutions are faster
         images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
         yield show(images), *(x.to(device, non_blocking=True) for x in rest)
 
 # model and optimizer ----------------------------------------------------------------------------------------
 if init_from != 'resume':
-    old = {} if overwrite or not os.path.exists(path) else load_checkpoint(path)[1].get('settings', {'': '?'})
-    for k in sorted({k for k in old if old[k] != settings.get(k)} - {'out_dir', 'overwrite'}):
-        raise UserError(f'{path} is of a run with {k}={old[k]}: take another --out_dir, or --overwrite')
+    if os.path.exists(path) and not overwrite:
+        raise UserError(f'{path} is there: --init_from=resume goes on with it, --overwrite begins anew')
     tok = Tokenizer.make(tokenizer or cfg.tokenizer, train_set.texts, vocab_size or cfg.vocab_size)
     checkpoint = dict(step=0, tokenizer=tok, settings=settings)
     vit, text = (replace(c, dropout=c.dropout if dropout < 0 else dropout) for c in (cfg.vision, cfg.text))
@@ -222,13 +222,13 @@ def evaluate(last):
 
 # the run ----------------------------------------------------------------------------------------------------
 step, end, stop, losses, bad, flops = checkpoint['step'], lr_decay_iters or max_iters, [], [], 0, 0
-random = [torch, torch.cuda] if kind == 'cuda' else [torch]
+generators = [torch, torch.cuda] if kind == 'cuda' else [torch]
 if step:
     same = all(checkpoint['settings'][k] == settings[k] for k in ('optimizer', 'freeze', 'lr_scale'))
     for o, state in zip(optimizers, checkpoint['optimizers'] if same else []):   # else averages begin anew
         o.load_state_dict(dict(state, param_groups=o.state_dict()['param_groups']))      # at the rates of now
     scaler.load_state_dict(checkpoint['scaler'] or scaler.state_dict())
-    for module, state in zip(random, checkpoint['random']): module.set_rng_state(state)
+    for module, state in zip(generators, checkpoint['random']): module.set_rng_state(state)
 with explained(f'out_dir={out_dir} cannot be written', OSError):
     os.makedirs(out_dir, exist_ok=True)
     log = open(f'{out_dir}/log.csv' if rank == 0 else os.devnull, 'a' if step else 'w', buffering=1)
@@ -236,7 +236,7 @@ if not step: print('step,seconds,loss,val_loss,val_loss_swapped,word_for_word', 
 for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda n, frame: stop.append(n))
 each = [f'{k} {sum(p.numel() for p in part.parameters()) / 1e6:.2f}' for k, part in model.named_children()]
 say(f'{preset}: {", ".join(each)} M parameters, {tok.name} tokenizer of {tok.n_vocab}; {device}, {dtype}; '
-    f'{len(train_set)} items, {len(val_set)} held out; texts up to {2 * model.cfg.longest_prompt} tokens')
+    f'{len(train_set)} items, {len(val_set)} held out; sequences up to {model.cfg.block_size} tokens')
 stream, since, began = load(train_set, step * gradient_accumulation_steps, augment), time.time(), time.time()
 while True:
     # 1. save and evaluate now and then and at the end; a signal to one process stops all at the same step
@@ -247,7 +247,7 @@ while True:
         pause = time.time()
         if not eval_only:
             save_checkpoint(path, model, tok, step=step, settings=settings, scaler=scaler.state_dict(),
-                            random=[m.get_rng_state() for m in random],
+                            random=[m.get_rng_state() for m in generators],
                             optimizers=[o.state_dict() for o in optimizers])
         if not halt:
             with precision, torch.no_grad(), torch.random.fork_rng(devices=[]): evaluate(last)

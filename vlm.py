@@ -7,7 +7,6 @@
     [ v1 v2 ... vN ][ t1 t2 ... tT ]   one sequence: visual tokens first, then text
                    | LanguageDecoder: each token looks at itself and at what is before it
     logits over the vocabulary -> sample_top_p -> the next token, again and again: "red"
-
 Contents: 1 config, 2 building blocks, 3 vision encoder, 4 projection, 5 language decoder, 6 the model,
 7 sampling, 8 weights, 9 text and pixels, 10 data, 11 command line. One Attention, one MLP and one Block
 serve both stacks: ViT, SigLIP, GPT-2 and SmolLM2 differ only in a TransformerConfig. Left out: beams, tiles.
@@ -16,8 +15,9 @@ K heads of keys and values, D channels a head, V vocabulary. Papers (arXiv): ViT
 SigLIP 2303.15343, LLaVA 2304.08485, Flamingo 2204.14198, Llama 2302.13971, RoPE 2104.09864.
 """
 import argparse, codecs, contextlib, csv, difflib, itertools, json, math, mmap, os, random, re, sys, warnings
+from typing import Literal, get_args
 from collections import ChainMap, Counter, OrderedDict, defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 import tiktoken, torch, torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
@@ -42,10 +42,10 @@ class TransformerConfig:
     n_embd: int = 768
     n_kv_head: int = 0               # key/value heads; 0 = n_head, fewer = grouped-query attention
     n_hidden: int = 0                # width inside the MLP; 0 = 4 * n_embd
-    norm: str = 'layer'              # 'layer' or 'rms'
+    norm: Literal['layer', 'rms'] = 'layer'
     norm_eps: float = 1e-6
-    activation: str = 'gelu'         # 'gelu', 'gelu_tanh' or 'swiglu'
-    position: str = 'learned'        # 'learned' or 'rope'
+    activation: Literal['gelu', 'gelu_tanh', 'swiglu'] = 'gelu'
+    position: Literal['learned', 'rope'] = 'learned'
     rope_base: float = 10000.0
     bias: bool = True                # in linear layers and layer norms
     dropout: float = 0.0             # on what each attention and each MLP adds
@@ -55,15 +55,15 @@ class VLMConfig:
     """Vision encoder, projection, decoder, and how the model wants its pixels and its prompts."""
     vision: TransformerConfig = TransformerConfig()
     text: TransformerConfig = TransformerConfig()
-    encoder: str = 'vit'             # 'vit', 'resnet18' or 'resnet50'
-    stem: str = 'patch'              # 'patch': one strided convolution; 'conv': several, with max-pooling
+    encoder: Literal['vit', 'resnet18', 'resnet50'] = 'vit'
+    stem: Literal['patch', 'conv'] = 'patch'     # one strided convolution; several, with max-pooling
     image_size: int = 224            # pixels a side
     patch_size: int = 16             # pixels a side of a cell of the feature grid; a ResNet's are 32
     class_token: bool = False        # attended to, then dropped, as in the first ViT
     image_mean: tuple = (0.5, 0.5, 0.5)
     image_std: tuple = (0.5, 0.5, 0.5)
-    image_resize: str = 'squash'     # 'squash': the aspect ratio is lost; 'crop': the centre is kept
-    projection: str = 'mlp'          # 'linear', 'mlp', 'pixel_shuffle' or 'perceiver'
+    image_resize: Literal['squash', 'crop'] = 'squash'   # whole, its aspect ratio lost; its centre
+    projection: Literal['linear', 'mlp', 'pixel_shuffle', 'perceiver'] = 'mlp'
     projection_hidden: int = 2048    # 'mlp': its width
     shuffle_factor: int = 2          # 'pixel_shuffle': f x f cells become one visual token (space to depth)
     n_latents: int = 32              # 'perceiver': visual tokens it returns
@@ -73,19 +73,21 @@ class VLMConfig:
     tokenizer: str = 'gpt2'          # see Tokenizer.make
     prompt_template: str = '{}'      # how a prompt is put to the model
     caption_prompt: str = ''         # the prompt that asks for a caption
-
     cell = property(lambda c: c.patch_size if c.encoder == 'vit' else 32)
     grid = property(lambda c: c.image_size // c.cell)
     factor = property(lambda c: c.shuffle_factor if c.projection == 'pixel_shuffle' else 1)
     n_visual = property(lambda c: c.n_latents if c.projection == 'perceiver' else (c.grid // c.factor) ** 2)
-    longest_prompt = property(lambda c: (c.block_size - c.n_visual) // 2)    # the rest is for the answer
+    longest_prompt = property(lambda c: (c.block_size - c.n_visual) * 3 // 4)    # the rest is for the answer
 
     def __post_init__(self):
-        for c in (self.vision, self.text):
-            if c.n_embd % c.n_head or c.n_head % (c.n_kv_head or c.n_head):
-                raise UserError(f'n_embd={c.n_embd} must divide by n_head={c.n_head}, that by n_kv_head')
+        for c in (self, self.vision, self.text):
+            for f in fields(c):
+                if (words := get_args(f.type)) and getattr(c, f.name) not in words:
+                    raise UserError(f'{f.name}={getattr(c, f.name)}: wanted one of {", ".join(words)}')
+            if c is not self and (c.n_embd % c.n_head or c.n_head % (c.n_kv_head or c.n_head)):
+                raise UserError(f'n_head={c.n_head} must divide n_embd={c.n_embd}, and n_kv_head n_head')
         if self.image_size % (self.cell * self.factor) or self.block_size <= self.n_visual:
-            raise UserError(f'image_size={self.image_size} must divide by {self.cell * self.factor}, and '
+            raise UserError(f'{self.cell * self.factor} must divide image_size={self.image_size}, and '
                             f'block_size={self.block_size} exceed the {self.n_visual} tokens of an image')
 
 SIGLIP = dict(vision=TransformerConfig(activation='gelu_tanh'), image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
@@ -108,7 +110,7 @@ PUBLIC = {   # published weights: their Hugging Face repository, or '' for torch
     'nanovlm-222m': ('lusxvr/nanoVLM-222M', NANOVLM)}
 SCRATCH = dict(stem='conv', patch_size=8, input_norm=True, projection='pixel_shuffle', tokenizer='bpe')
 slim = lambda n_layer, n_embd, **more: TransformerConfig(n_layer, n_embd // 32, n_embd, bias=False, **more)
-PRESETS = {  # from nothing on a CPU: drawn scenes (1.4M parameters), photos (1.9M); then 213M and 222M
+PRESETS = {  # from nothing on a CPU: drawn scenes (1.4M parameters), photos (1.8M); then 213M and 222M
     'tiny': VLMConfig(slim(1, 128), slim(4, 128), image_size=64, vocab_size=512, block_size=144, **SCRATCH),
     'small': VLMConfig(slim(1, 128, dropout=0.1), slim(4, 128, dropout=0.1), image_size=64, vocab_size=4096,
                        block_size=160, **SCRATCH),
@@ -151,15 +153,16 @@ class Attention(nn.Module):
             kv, known = cache
             kv[0, :, :, known:known + T], kv[1, :, :, known:known + T] = k, v
             k, v = kv[:, :, :, :known + T]
-        # is_causal lines up the first query with the first key: right for a whole sequence, not on a cache
-        causal = self.causal and mask is None and T == k.size(2)
         # backward in bf16, PyTorch's fused kernel for CPUs takes seven times as long as the spelled-out lines
-        if self.maps is None and not (q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad):
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=groups > 1)
-        else:
-            mask = q.new_ones(T, T).tril().bool() if causal else mask
-            y, att = attend(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), mask)
-            if self.maps is not None: self.maps.append(att)
+        plain = self.maps is not None or q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad
+        # is_causal lines up the first query with the first key: wrong behind a cache; one token sees all
+        causal, S = self.causal and mask is None and T > 1, k.size(2)
+        if causal and (plain or T < S): causal, mask = False, q.new_ones(T, S).tril(S - T).bool()
+        if groups > 1 and (plain or mask is not None):   # fused kernels of GPUs take no groups with a mask
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        if plain: y, att = attend(q, k, v, mask)
+        else: y = F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, enable_gqa=len(k[0]) < len(q[0]))
+        if self.maps is not None: self.maps.append(att)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 class MLP(nn.Module):
@@ -195,7 +198,7 @@ class Transformer(nn.Module):
 
     def run(self, x, cache=None, **options):
         for i, block in enumerate(self.blocks):
-            if self.grad_checkpointing and self.training:
+            if self.grad_checkpointing and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, **options)
             else: x = block(x, cache=cache and (cache[0][i], cache[1]), **options)
         return self.norm(x)
@@ -258,11 +261,10 @@ class LanguageDecoder(Transformer):
         self.embedding = nn.Embedding(cfg.vocab_size, C)
         self.norm_in = nn.LayerNorm(C, elementwise_affine=False) if cfg.input_norm else nn.Identity()
         self.position = nn.Parameter(torch.zeros(cfg.block_size, C)) if self.learned else None
-        # RoPE: at each position an angle for each pair of channels; some pairs turn fast, some slowly
+        # RoPE: at each position an angle for each pair of channels, some turn fast: (2,block_size,D/2)
         place, pair = (torch.arange(n, device='cpu') for n in (cfg.block_size, C // cfg.text.n_head // 2))
         angle = torch.outer(place.float(), cfg.text.rope_base ** (-pair / len(pair)))
-        rope = None if self.learned else torch.stack([angle.cos(), angle.sin()])     # (2,block_size,D/2)
-        self.register_buffer('rope', rope, persistent=False)
+        self.register_buffer('rope', None if self.learned else torch.stack([angle.cos(), angle.sin()]), False)
     head = lambda self, h: F.linear(h, self.embedding.weight)    # (...,C) -> logits (...,V): tied
 
     def forward(self, x, positions, mask=None, cache=None):
@@ -304,7 +306,7 @@ class MinimalVLM(nn.Module):
             with torch.device('meta' if whole else 'cpu'): model = cls(cfg)  # no memory for what is replaced
             rest = {} if whole else {f'projection.{k}': x for k, x in model.projection.state_dict().items()}
             model.load_state_dict(rest | state, assign=True)
-        return model
+        return model.eval()
 
     def see(self, images):
         """images (B,3,H,W) or (3,H,W), bytes or normalised floats -> visual tokens (B,N,C); None: (1,0,C)."""
@@ -362,7 +364,7 @@ class MinimalVLM(nn.Module):
         prompt_ids (B,T), (T,), or a list of B prompts (T_i,). A row that met the id stop repeats it until all
         have. use_cache=False computes all again at each token: slow, and the same."""
         with contextlib.ExitStack() as afterwards:
-            afterwards.callback(self.train, self.training)
+            for m in self.modules(): afterwards.callback(setattr, m, 'training', m.training)
             self.eval()
             # 1. the image, then the prompts, the shorter ones padded on their left
             prompts = prompt_ids if isinstance(prompt_ids, list) else [*torch.atleast_2d(prompt_ids)]
@@ -389,12 +391,12 @@ class MinimalVLM(nn.Module):
                 ids = token if use_cache else torch.cat([ids, token], 1)
                 h = self.hidden(visual[:, N * use_cache:], ids, start, (kv, S, N) if use_cache else None)
 
-    def generate(self, images, prompt_ids, stop=-1, num_samples=1, **options):
+    def generate(self, images, prompt_ids, max_new_tokens=50, *, stop=-1, num_samples=1, **options):
         """stream(), collected: (B * num_samples, T+new) ids; for a list of prompts a list of (T_i+new_i,), in
         which each row ends with its own stop id and equals what its prompt gives alone."""
         prompts = prompt_ids if isinstance(prompt_ids, list) else torch.atleast_2d(prompt_ids)
         prompts = [ids for ids in prompts for _ in range(num_samples)]
-        steps = self.stream(images, prompt_ids, stop=stop, num_samples=num_samples, **options)
+        steps = self.stream(images, prompt_ids, max_new_tokens, stop=stop, num_samples=num_samples, **options)
         new = torch.cat([prompts[0].new_empty(len(prompts), 0), *steps], dim=1)
         rows = [torch.cat(pair) for pair in zip(prompts, new)]
         return torch.stack(rows) if not isinstance(prompt_ids, list) else [
@@ -490,7 +492,7 @@ def load_checkpoint(path, device='cpu'):
         model = MinimalVLM(VLMConfig(**cfg | {k: TransformerConfig(**cfg[k]) for k in ('vision', 'text')}))
         model.load_state_dict(checkpoint.pop('model'))
         checkpoint['tokenizer'] = Tokenizer(**checkpoint['tokenizer'])
-    return model.to(device), checkpoint
+    return model.to(device).eval(), checkpoint
 # 9. Text and pixels -----------------------------------------------------------------------------------------
 PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"  # as SmolLM2
 WORDS = PIECES.replace(r'|\p{N}|', r'| ?\p{N}+|').replace(r'|\s+(?=\p{N})', '')       # as GPT-2
@@ -521,7 +523,7 @@ class Tokenizer:
         if name in ('bytes', 'bpe'):
             ranks = learn_bpe(map(str.strip, texts), vocab_size - 1 if name == 'bpe' else 256)
             return cls(name, ranks, {END: len(ranks)})
-        with explained(f'tokenizer={name} is not to be had here; --tokenizer=bpe and bytes are'):
+        with explained(f'tokenizer={name} is not to be had here; from nothing, --tokenizer=bpe will do'):
             with open(fetch(name, 'tokenizer.json'), encoding='utf-8') as f: data = json.load(f)
             vocab, special = data['model']['vocab'], {t['content']: t['id'] for t in data['added_tokens']}
             merges = [vocab[''.join(m).replace(' ', '')] for m in data['model']['merges']]   # pairs or "a b"
@@ -534,12 +536,12 @@ class Tokenizer:
 def learn_bpe(texts, size):
     """Byte-pair encoding (1508.07909): the most frequent pair becomes a token -> {token as latin-1: rank}."""
     words = Counter(w for t in texts for w in re.findall(r' ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+', ' ' + t))
-    parts, counts = [f"‹{'›‹'.join(w.encode().decode('latin-1'))}›" for w in words], [*words.values()]
-    pairs, where, ranks = Counter(), defaultdict(set), {chr(b): b for b in range(256)}
+    parts = [''.join(map('‹{:c}›'.format, w.encode('utf8', 'replace'))) for w in words]
+    n, pairs, where, ranks = [*words.values()], Counter(), defaultdict(set), {chr(b): b for b in range(256)}
     def tally(i, sign):
         tokens = parts[i][1:-1].split('›‹')
         for pair in zip(tokens, tokens[1:]):
-            pairs[pair] += sign * counts[i]
+            pairs[pair] += sign * n[i]
             where[pair].add(i)
     for i in range(len(words)): tally(i, 1)
     while len(ranks) < size and pairs and pairs[best := max(pairs, key=pairs.get)] > 1:
@@ -585,7 +587,7 @@ def encode_prompt(tokenizer, cfg, prompt):
 def collate(items, cfg, tokenizer, transform):
     """Items (image, prompt, answer) -> images (B,3,H,W), input_ids and targets (B,T), -100 where unscored.
     Neighbours of one image share a row; then start (B,T) is fourth: the column where a text begins."""
-    room, images, rows = cfg.block_size - cfg.n_visual, [], []
+    room, rows = cfg.block_size - cfg.n_visual, []
     for _, texts in itertools.groupby(items, lambda item: id(item[0])):
         ids, targets, start = [], [], []
         for image, prompt, answer in texts:
@@ -593,11 +595,11 @@ def collate(items, cfg, tokenizer, transform):
             answer = (tokenizer.encode(' ' + answer.strip()) + [tokenizer.eos])[:room - len(prompt)]
             start += [len(ids)] * len(prompt + answer)
             ids, targets = ids + prompt + answer, targets + [-100] * len(prompt) + answer
-        images.append(transform(image))
-        rows.append((ids, targets, start))
-    longest = -(-max(len(ids) for ids, *_ in rows) // 16) * 16    # few shapes: a CPU keeps a kernel for each
+        rows.append((ids, targets, start, transform(image)))
+    longest, packed = max(len(row[0]) for row in rows), len(rows) < len(items)
+    longest = min(-(-longest // 16) * 16, math.inf if packed else room)        # few shapes: kernels are kept
     pad = lambda i, value: torch.tensor([row[i] + [value] * (longest - len(row[i])) for row in rows])
-    return torch.stack(images), pad(0, 0), pad(1, -100), *([pad(2, 0)] if len(images) < len(items) else [])
+    return torch.stack([row[3] for row in rows]), pad(0, 0), pad(1, -100), *([pad(2, 0)] if packed else [])
 # 10. Data ---------------------------------------------------------------------------------------------------
 COLORS = {'red': (225, 40, 40), 'green': (40, 170, 70), 'blue': (40, 80, 225), 'yellow': (240, 215, 40),
           'orange': (245, 135, 25), 'purple': (145, 55, 190), 'cyan': (60, 205, 225), 'black': (35, 35, 35)}
@@ -607,8 +609,8 @@ SHAPES = {'circle': ring(36, 0, 1), 'square': ring(4, 45, 1.25), 'triangle': rin
           'diamond': ring(4, 0, 1.1, 0.7), 'star': ring(10, 0, 1.05, 0.42),
           'cross': [c for arm in zip(ring(4, -17, 1.05), ring(4, 17, 1.05), ring(4, 45, 0.42)) for c in arm]}
 SIZES = {'small': (0.105, 0.12), 'large': (0.16, 0.18)}          # radii, in picture widths
-PLACES = ('at the top left', 'at the top', 'at the top right', 'on the left', 'in the center', 'on the right',
-          'at the bottom left', 'at the bottom', 'at the bottom right')
+PLACES = ('at the top left, at the top, at the top right, on the left, in the center, on the right, '
+          'at the bottom left, at the bottom, at the bottom right').split(', ')
 UNSEEN = {f'{color} {shape}' for color, shape in zip(COLORS, SHAPES)}   # pairs kept from training
 QUESTIONS = ('count', 'side', 'exists', 'color', 'count', 'side', 'exists', 'shape', 'color', 'choice')
 
@@ -617,8 +619,8 @@ class Shapes(torch.utils.data.Dataset):
     UNSEEN pair in picture or words, 'novel' only such. kind: 'mixed', 'caption' or 'question'."""
     def __init__(self, split, seed=0, kind='mixed', pixels=128):
         self.split, self.seed, self.pixels, self.n_images = split, seed, pixels, 1_000_000
-        self.part = dict(mixed=slice(None), caption=slice(1), question=slice(1, None))[kind]
-        pairs = (f'{color} {shape}' for color in COLORS for shape in SHAPES)
+        self.kinds = dict(mixed=('caption', *QUESTIONS), caption=('caption',), question=QUESTIONS)[kind]
+        pairs = map(' '.join, itertools.product(COLORS, SHAPES))
         self.pairs = [pair for pair in pairs if (pair in UNSEEN) == (split == 'novel')]
     __len__ = lambda self: self.n_images
     texts = property(lambda self: (' '.join(item[1:]) for i in range(400) for item in self.about(i)))
@@ -627,14 +629,13 @@ class Shapes(torch.utils.data.Dataset):
     def about(self, index):
         """All items about scene number index, in random order: a caption and the questions that suit it."""
         rng = random.Random(f'{self.seed} {self.split} {index}')
-        kinds, scene = ['caption', *rng.sample(QUESTIONS, len(QUESTIONS))], self.scene(rng)
-        texts = [*filter(None, (self.ask(kind, scene, rng) for kind in kinds))][self.part]
+        kinds, scene = rng.sample(self.kinds, len(self.kinds)), self.scene(rng)
         image = Image.new('RGB', (self.pixels, self.pixels), tuple(rng.randint(225, 255) for _ in range(3)))
         for t in scene:
             shade = tuple(min(255, max(0, v + rng.randint(-30, 30))) for v in COLORS[t.color])
             corners = [(t.x + t.r * d * math.sin(a), t.y - t.r * d * math.cos(a)) for a, d in SHAPES[t.shape]]
             ImageDraw.Draw(image).polygon([(x * self.pixels, y * self.pixels) for x, y in corners], shade)
-        return [(image, *text) for text in rng.sample(texts, len(texts))]
+        return [(image, *text) for kind in kinds if (text := self.ask(kind, scene, rng))]
 
     def scene(self, rng):
         """One to three things that do not touch, in reading order; x, y and r in picture widths."""
@@ -653,8 +654,7 @@ class Shapes(torch.utils.data.Dataset):
     def ask(self, kind, scene, rng):
         """(prompt, answer) of that kind, or None if the scene does not suit it."""
         t, pairs, shapes = rng.choice(scene), [t.pair for t in scene], [t.shape for t in scene]
-        if kind == 'caption':
-            # the place first: who knows where to look also finds pairs of colour and shape never seen before
+        if kind == 'caption':    # the place first: who knows where to look also finds pairs never seen before
             *most, last = [f'{PLACES[t.place]} a {t.size} {t.pair}' for t in scene]
             return '', f'{", ".join(most)} and {last}' if most else last
         if kind == 'count':
@@ -681,23 +681,23 @@ class Shapes(torch.utils.data.Dataset):
 def read_captions(path):
     """Yields (image name, prompt, answer) of a caption file, .csv, .txt, .jsonl, COCO's or LLaVA's .json,
     or of a folder of folders named after what is on their images."""
-    folder = os.path.isdir(path)
-    with contextlib.nullcontext() if folder else open(path, encoding='utf-8-sig', newline='') as f:
-        if folder: rows = [
-            dict(image=f'{at}/{name}', prompt='what is this?', answer=os.path.basename(at).replace('_', ' '))
-            for at, _, names in os.walk(os.path.abspath(path)) for name in names
-            if name.lower().endswith(tuple(Image.registered_extensions()))]
-        elif path.endswith('.jsonl'): rows = [json.loads(line) for line in f if line.strip()]
-        elif not path.endswith('.json'): rows = list(csv.DictReader(f))
-        elif isinstance(data := json.load(f), dict):
+    if os.path.isdir(path): rows = [
+        dict(image=f'{at}/{name}', prompt='what is this?', answer=os.path.basename(at).replace('_', ' '))
+        for at, _, names in os.walk(os.path.abspath(path), followlinks=True) for name in names
+        if name.lower().endswith(tuple(Image.registered_extensions()))]
+    else:
+        with open(path, encoding='utf-8-sig', newline='') as f: lines = [*f]
+        if path.endswith('.jsonl'): rows = [json.loads(line) for line in lines if line.strip()]
+        elif not path.endswith('.json'): rows = csv.DictReader(lines)
+        elif isinstance(data := json.loads(''.join(lines)), dict):
             files = {image['id']: image['file_name'] for image in data['images']}
             rows = [{'image': files.get(a['image_id'], a['image_id']), **a} for a in data['annotations']]
-        else:                            # LLaVA: each question with its answer is an item
-            rows = [dict(image=talk.get('image', 'no image'), prompt=q['value'], answer=a['value'])
-                    for talk in data for q, a in zip(talk['conversations'][::2], talk['conversations'][1::2])]
+        else:                            # LLaVA: each answer with the turn before it is an item
+            rows = [dict(image=t.get('image', 'no image'), prompt=q['value'], answer=a['value']) for t in data
+                    for q, a in itertools.pairwise(t['conversations']) if a['from'] == 'gpt']
     for n, row in enumerate(rows, 1):
         image, prompt, text = row.get('image'), row.get('prompt') or '', row.get('caption', row.get('answer'))
-        if not image or not text or None in row or ('caption' not in row and not prompt):
+        if not image or text in (None, '') or None in row or not prompt and 'caption' not in row:
             raise ValueError(f'row {n}: wanted image and caption, or image, prompt and answer, not {[*row]}')
         yield str(image), str(prompt).replace('<image>', '').strip(), str(text).strip()
 
@@ -775,6 +775,6 @@ def override(settings, argv=None):
         parser.error(f'no setting {unknown[0]}; {f"did you mean {near[0]}?" if near else "--help lists all"}')
     settings.update(vars(found))
     warnings.filterwarnings('ignore', module='PIL')      # of odd pictures; what is too odd raises
-    sys.stdout.reconfigure(errors='backslashreplace')    # a path or prompt may hold bytes that are no text
+    getattr(sys.stdout, 'reconfigure', dict)(errors='backslashreplace')  # a path may hold what is no text
     say = lambda _, e, at: parser.exit(1, f'{parser.prog}: {str(e).split("vlm.UserError: ")[-1].strip()}\n')
     sys.excepthook = lambda kind, *e: (say if issubclass(kind, UserError) else sys.__excepthook__)(kind, *e)
