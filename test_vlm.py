@@ -490,7 +490,7 @@ def test_bad_rows_and_images_are_named_and_do_not_stop_a_run(tmp_path, capfd):
     refuses('neither', make_dataset, f'{tmp_path}/nothing.csv')
     assert not capfd.readouterr().err
 def test_wrong_settings_are_one_line_that_helps(capsys):
-    names = re.findall(r'^(\w+) = (.*?)  +# ', (HERE / 'train.py').read_text(encoding='utf-8'), re.M)
+    names = re.findall(r'^(\w+) = (.*?)  +# ', (HERE / 'train.py').read_text('utf-8').split('# ---')[0], re.M)
     def call(*argv):
         settings = dict({k: ast.literal_eval(v) for k, v in names}, __file__=f'{HERE}/train.py', __doc__='')
         vlm.override(settings, list(argv))

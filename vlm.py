@@ -752,7 +752,7 @@ def override(settings, argv=None):
     """Lets `--name=value`, `--name value` and a bare `--flag` change a runner's globals: nanoGPT's way, but a
     setting's comment is checked, too: words in quotes (others too, if it ends in ...) or "> 0 and <= 1;"."""
     with open(settings['__file__'], encoding='utf-8') as f:
-        comments = dict(re.findall(r'^(\w+) = .*?  +# (.*)$', f.read(), re.M))
+        comments = dict(re.findall(r'^(\w+) = .*?  +# (.*)$', f.read().split('override(')[0], re.M))
     wanted = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a word'}
     def read(name, text):
         kind, comment = type(settings[name]), comments[name]
