@@ -7,12 +7,11 @@
     [ v1 v2 ... vN ][ t1 t2 ... tT ]   one sequence: visual tokens first, then text
                    | LanguageDecoder: each token looks at itself and at what is before it
     logits over the vocabulary -> sample_top_p -> the next token, again and again: "red"
-Contents: 1 config, 2 building blocks, 3 vision encoder, 4 projection, 5 language decoder, 6 the model,
-7 sampling, 8 weights, 9 text and pixels, 10 data, 11 command line. One Attention, one MLP and one Block
-serve both stacks: ViT, SigLIP, GPT-2 and SmolLM2 differ only in a TransformerConfig. Left out: beams, tiles.
-Letters: B batch, T text tokens or queries, N visual tokens, S sequence or keys, C channels, H heads,
-K heads of keys and values, D channels a head, V vocabulary. Papers (arXiv): ViT 2010.11929,
-SigLIP 2303.15343, LLaVA 2304.08485, Flamingo 2204.14198, Llama 2302.13971, RoPE 2104.09864.
+Contents: 1 config, 2 blocks, 3 vision encoder, 4 projection, 5 decoder, 6 model, 7 sampling, 8 weights, 9
+text and pixels, 10 data, 11 command line. One Attention, MLP and Block serve both stacks: ViT, SigLIP, GPT-2,
+Llama differ in a TransformerConfig. Left out: beams, tiles. Letters: B batch, T text or queries, N visual
+tokens, S sequence or keys, C channels, H heads, K key/value heads, D channels a head, V vocabulary. arXiv:
+ViT 2010.11929, SigLIP 2303.15343, LLaVA 2304.08485, Flamingo 2204.14198, Llama 2302.13971, RoPE 2104.09864.
 """
 import argparse, codecs, contextlib, csv, difflib, itertools, json, math, mmap, os, random, re, sys, warnings
 from typing import Literal, get_args
@@ -619,7 +618,7 @@ class Shapes(torch.utils.data.Dataset):
     UNSEEN pair in picture or words, 'novel' only such. kind: 'mixed', 'caption' or 'question'."""
     def __init__(self, split, seed=0, kind='mixed', pixels=128):
         self.split, self.seed, self.pixels, self.n_images = split, seed, pixels, 1_000_000
-        self.kinds = dict(mixed=('caption', *QUESTIONS), caption=('caption',), question=QUESTIONS)[kind]
+        self.part = dict(mixed=slice(None), caption=slice(1), question=slice(1, None))[kind]
         pairs = map(' '.join, itertools.product(COLORS, SHAPES))
         self.pairs = [pair for pair in pairs if (pair in UNSEEN) == (split == 'novel')]
     __len__ = lambda self: self.n_images
@@ -629,13 +628,14 @@ class Shapes(torch.utils.data.Dataset):
     def about(self, index):
         """All items about scene number index, in random order: a caption and the questions that suit it."""
         rng = random.Random(f'{self.seed} {self.split} {index}')
-        kinds, scene = rng.sample(self.kinds, len(self.kinds)), self.scene(rng)
+        kinds, scene = ['caption', *rng.sample(QUESTIONS, len(QUESTIONS))], self.scene(rng)
+        texts = [*filter(None, (self.ask(kind, scene, rng) for kind in kinds))][self.part]
         image = Image.new('RGB', (self.pixels, self.pixels), tuple(rng.randint(225, 255) for _ in range(3)))
         for t in scene:
             shade = tuple(min(255, max(0, v + rng.randint(-30, 30))) for v in COLORS[t.color])
             corners = [(t.x + t.r * d * math.sin(a), t.y - t.r * d * math.cos(a)) for a, d in SHAPES[t.shape]]
             ImageDraw.Draw(image).polygon([(x * self.pixels, y * self.pixels) for x, y in corners], shade)
-        return [(image, *text) for kind in kinds if (text := self.ask(kind, scene, rng))]
+        return [(image, *text) for text in rng.sample(texts, len(texts))]
 
     def scene(self, rng):
         """One to three things that do not touch, in reading order; x, y and r in picture widths."""
