@@ -199,7 +199,7 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, **options)
-            else: x = block(x, cache=cache and (cache[0][i], cache[1]), **options)
+            else: x = block(x, cache=cache and (cache[0][i], cache[1]), **options)   # its own buffer
         return self.norm(x)
 # 3. Vision encoder ------------------------------------------------------------------------------------------
 def conv_stem(width, patch_size):
@@ -319,22 +319,22 @@ class MinimalVLM(nn.Module):
     def hidden(self, visual, input_ids, start=None, cache=None):
         """States (B,T+1,C) of the last visual token (0 without) and of texts (B,T), behind visual (B,N,C) or
         (1,N,C): row t is what predicts token t. start (B,T) or (B,1): the column where a token's own text
-        begins; it sees the image and that. cache: (buffer, known tokens in it, visual ones among these)."""
+        begins; it sees the image and its own text. cache: (buffer, known tokens in it, visual among them)."""
         x = torch.cat([visual.expand(len(input_ids), -1, -1), self.read(input_ids)], dim=1)
-        (buffer, known, N), longest, mask = cache or (None, 0, visual.size(1)), self.cfg.block_size, None
+        (_, known, N), longest, mask = cache or (None, 0, visual.size(1)), self.cfg.block_size, None
         keys = torch.arange(known + x.size(1), device=x.device)          # columns, those in the cache, too
-        steps, queries = keys[known:], keys[known:, None]                # the new ones, also their positions
-        if start is not None:            # padding sees itself, or softmax gives nan, and may lie anywhere
-            own = F.pad(start := start.expand(input_ids.shape), (visual.size(1), 0))[:, :, None]     # (B,T,1)
-            mask = (keys <= queries) & ((keys < N) | (keys >= N + own)) | (keys == queries)
-            mask, steps = mask[:, None], (steps - own[..., 0]).clamp(0, longest - 1)     # (B,1,T,S), (B,T)
+        positions, queries = keys[known:], keys[known:, None]            # of the new ones
+        if start is not None:            # padding sees itself, or softmax gives nan; its position is any
+            begin = F.pad(start := start.expand(input_ids.shape), (visual.size(1), 0))[:, :, None]   # (B,T,1)
+            mask = (keys <= queries) & ((keys < N) | (keys >= N + begin)) | (keys == queries)        # (B,T,S)
+            mask, positions = mask[:, None], (positions - begin[..., 0]).clamp(0, longest - 1)
         elif len(keys) > longest: raise UserError(f'{len(keys)} tokens, more than block_size={longest}')
-        h = F.pad(self.decoder(x, steps, mask, cache and (buffer, known)), (0, 0, 1, 0))[:, visual.size(1):]
+        h = F.pad(self.decoder(x, positions, mask, cache and cache[:2]), (0, 0, 1, 0))[:, visual.size(1):]
         if start is None: return h
         # a text's first token is predicted by the image, wherever it stands; also that of an empty prompt
-        column = max(0, known - N) + torch.arange(h.size(1), device=x.device)    # of what a row predicts
-        begins = column == torch.cat([start, start[:, -1:]], dim=1)
-        return torch.where(begins[:, :, None], h[:, :1], h)
+        predicted = max(0, known - N) + torch.arange(h.size(1), device=x.device)     # columns, by h's rows
+        first = predicted == torch.cat([start, start[:, -1:]], dim=1)
+        return torch.where(first[:, :, None], h[:, :1], h)
 
     def forward(self, images, input_ids, targets=None, start=None, return_logits=True, contrastive=0.0):
         """images: see see(); input_ids (B,T) or (T,); targets: the same ids, unshifted, or -100 for no loss;
