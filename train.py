@@ -90,7 +90,7 @@ torch.manual_seed(seed)
 
 # data -------------------------------------------------------------------------------------------------------
 public = dict(base='vit_b_16,gpt2', nanovlm='siglip-b-16,smollm2-135m')     # parts that are published
-names = public.get(preset, init_from) if init_from == 'pretrained' else init_from
+names = public.get(preset, 'pretrained of base or nanovlm') if init_from == 'pretrained' else init_from
 cfg = VLMConfig() if {*init_from.split(',')} <= PUBLIC.keys() else PRESETS[preset]     # a file: the preset's
 cfg = replace(cfg, **ChainMap(*(PUBLIC[name][1] for name in names.split(',') if name in PUBLIC)))
 cfg = model.cfg if init_from == 'resume' else cfg
