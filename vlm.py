@@ -158,9 +158,9 @@ class Attention(nn.Module):
         causal, S = self.causal and mask is None and T > 1, k.size(2)
         if causal and (plain or T < S): causal, mask = False, q.new_ones(T, S).tril(S - T).bool()
         if groups > 1 and (plain or mask is not None):   # fused kernels of GPUs take no groups with a mask
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+            k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
         if plain: y, att = attend(q, k, v, mask)
-        else: y = F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, enable_gqa=len(k[0]) < len(q[0]))
+        else: y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=groups > 1)
         if self.maps is not None: self.maps.append(att)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
