@@ -28,7 +28,7 @@ val_dataset = ''                 # the same for validation; '' = a fixed 5 % of 
 image_dir = ''                   # where the images of a caption file are; '' = beside it
 blind = False                    # true: all images grey; what another run does better, it does by looking
 contrastive = 0.0                # >= 0; weight of SigLIP's loss, which text is of which image, 0 = off
-augment = False                  # true: random crops and colours; not for texts that say where things are
+augment = False                  # true: mirrors, crops, colours at random; not for texts that say left
 num_workers = -1                 # >= -1 and <= 256; processes for batches, 0 = this one, -1 = as many as help
 batch_size = 32                  # > 0; images in a batch, over all processes, at least one each
 texts_per_image = 10             # > 0; most texts of an image that go with it, so that it is encoded once

@@ -21,7 +21,7 @@ import tiktoken, torch, torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.nn import functional as F, utils
-from torchvision.transforms.v2 import ColorJitter, Compose, RandomResizedCrop, functional as TF
+from torchvision.transforms.v2 import ColorJitter, RandomHorizontalFlip, RandomResizedCrop, functional as TF
 
 class UserError(ValueError):
     """What a user typed, or a file holds, is wrong: the runners print one line, without a traceback."""
@@ -571,9 +571,9 @@ def to_rgb(image):
     return image.convert('RGB')
 
 def image_transform(cfg, augment=False):
-    """A function from Pillow images to bytes (3,H,W). augment: crops, colours; no mirrors: texts say left."""
+    """A function from Pillow images to bytes (3,H,W). augment: mirrors, crops and colours at random."""
     size, bilinear = (cfg.image_size, cfg.image_size), Image.Resampling.BILINEAR
-    vary = Compose([RandomResizedCrop(size, scale=(0.5, 1.0)), ColorJitter(0.3, 0.3, 0.3, 0.03)])
+    vary = nn.Sequential(RandomHorizontalFlip(), RandomResizedCrop(size, (0.7, 1.0)), ColorJitter(.2, .2, .2))
     crop, squash = lambda x: ImageOps.fit(x, size, bilinear), lambda x: x.resize(size, bilinear, None, 1.0)
     fit = vary if augment else crop if cfg.image_resize == 'crop' else squash
     return lambda image: TF.pil_to_tensor(fit(to_rgb(image)))
