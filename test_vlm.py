@@ -72,9 +72,9 @@ def test_fused_attention_equals_the_spelled_out_one(stack, causal):
     close(att(x, mask=mask, rope=rope), fused, 1e-5)
     assert att.maps[0].shape == (2, 4, 6, 6) and (not causal or att.maps[0].triu(1).abs().max() == 0)
 def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(cfg):
-    grads, kept, model, (images, ids) = [], ([], []), build(cfg), some(cfg)
+    grads, kept, model, (images, ids) = [], ([], []), build(cfg).train(), some(cfg)
     for on in (False, True):
-        model.vision.grad_checkpointing = model.decoder.grad_checkpointing = on
+        model.vision.grad_checkpointing = model.decoder.eval().grad_checkpointing = on       # frozen, say
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept[on].append(x.numel()) or x, lambda x: x):
             loss = model(images, ids, ids, return_logits=False)[1]
         grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()])]))

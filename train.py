@@ -20,7 +20,7 @@ init_from = 'scratch'            # 'scratch', 'resume', 'pretrained', names as s
 eval_interval = 1000             # > 0; steps between evaluations, each of which saves
 log_interval = 50                # > 0; steps between lines of the log
 eval_iters = 20                  # > 0; held-out batches for the validation loss; image gain: of 2 or more
-eval_samples = 200               # >= 0; held-out items answered in words, 0 = none; at the end on shapes more
+eval_samples = 200               # >= 0; held-out items answered in words, 0 = none; 16 times at shapes' end
 eval_only = False                # true: with init_from=resume, evaluate and stop
 overwrite = False                # true: may replace a checkpoint of a run with other settings
 dataset = 'shapes'               # 'shapes', a caption file (.csv .txt .jsonl .json), a folder of classes ...
@@ -94,7 +94,7 @@ names = public.get(preset, 'pretrained of base or nanovlm') if init_from == 'pre
 cfg = VLMConfig() if {*init_from.split(',')} <= PUBLIC.keys() else PRESETS[preset]     # a file: the preset's
 cfg = replace(cfg, **ChainMap(*(PUBLIC[name][1] for name in names.split(',') if name in PUBLIC)))
 cfg = model.cfg if init_from == 'resume' else cfg
-size = (image_size or cfg.image_size) * (1 + augment)        # what a crop enlarges is read twice as large
+size = int((image_size or cfg.image_size) * (1.4 if augment else 1))         # a crop enlarges so much at most
 train_set, val_set = (make_dataset(dataset, s, image_dir, val_dataset, size, seed) for s in ('train', 'val'))
 show = lambda images: torch.full_like(images, 128) if blind else images
 
@@ -176,12 +176,12 @@ net = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
 # evaluation -------------------------------------------------------------------------------------------------
 def answers(items, n):
     """The model's greedy answers to n items, always the same: (image, prompt, truth, answer) each."""
-    transform, room = image_transform(model.cfg), model.cfg.longest_prompt
+    transform, most = image_transform(model.cfg), model.cfg.longest_prompt
     chosen = torch.randperm(len(items), generator=torch.Generator().manual_seed(0))[:n].tolist()
     for i in range(0, len(chosen), batch_size):
         batch = [items[j] for j in chosen[i:i + batch_size]]
         images = show(torch.stack([transform(item[0]) for item in batch])).to(device)
-        asked = [torch.tensor(encode_prompt(tok, model.cfg, q)[:room]).long().to(device) for _, q, _ in batch]
+        asked = [torch.tensor(encode_prompt(tok, model.cfg, q)[:most]).long().to(device) for _, q, _ in batch]
         rows = model.generate(images, asked, max_new_tokens=model.cfg.block_size, temperature=0, stop=tok.eos)
         for item, prompt, row in zip(batch, asked, rows):
             yield *item, tok.decode(row[len(prompt):].tolist()).strip()

@@ -55,13 +55,13 @@ class VLMConfig:
     vision: TransformerConfig = TransformerConfig()
     text: TransformerConfig = TransformerConfig()
     encoder: Literal['vit', 'resnet18', 'resnet50'] = 'vit'
-    stem: Literal['patch', 'conv'] = 'patch'     # one strided convolution; several, with max-pooling
+    stem: Literal['patch', 'conv'] = 'patch'     # one strided convolution; or several, with max-pooling
     image_size: int = 224            # pixels a side
     patch_size: int = 16             # pixels a side of a cell of the feature grid; a ResNet's are 32
     class_token: bool = False        # attended to, then dropped, as in the first ViT
     image_mean: tuple = (0.5, 0.5, 0.5)
     image_std: tuple = (0.5, 0.5, 0.5)
-    image_resize: Literal['squash', 'crop'] = 'squash'   # whole, its aspect ratio lost; its centre
+    image_resize: Literal['squash', 'crop'] = 'squash'   # all of it, its aspect ratio lost; or its centre
     projection: Literal['linear', 'mlp', 'pixel_shuffle', 'perceiver'] = 'mlp'
     projection_hidden: int = 2048    # 'mlp': its width
     shuffle_factor: int = 2          # 'pixel_shuffle': f x f cells become one visual token (space to depth)
@@ -199,7 +199,7 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, **options)
-            else: x = block(x, cache=cache and (cache[0][i], cache[1]), **options)   # its own buffer
+            else: x = block(x, cache=cache and (cache[0][i], cache[1]), **options)   # its layer's buffer
         return self.norm(x)
 # 3. Vision encoder ------------------------------------------------------------------------------------------
 def conv_stem(width, patch_size):
@@ -324,7 +324,7 @@ class MinimalVLM(nn.Module):
         (_, known, N), longest, mask = cache or (None, 0, visual.size(1)), self.cfg.block_size, None
         keys = torch.arange(known + x.size(1), device=x.device)          # columns, those in the cache, too
         positions, queries = keys[known:], keys[known:, None]            # of the new ones
-        if start is not None:            # padding sees itself, or softmax gives nan; its position is any
+        if start is not None:            # padding, too, sees itself: softmax of nothing is nan
             begin = F.pad(start := start.expand(input_ids.shape), (visual.size(1), 0))[:, :, None]   # (B,T,1)
             mask = (keys <= queries) & ((keys < N) | (keys >= N + begin)) | (keys == queries)        # (B,T,S)
             mask, positions = mask[:, None], (positions - begin[..., 0]).clamp(0, longest - 1)
@@ -403,7 +403,7 @@ class MinimalVLM(nn.Module):
 
     @torch.no_grad()
     def score(self, image, prompt_ids, choices):
-        """Log-probability (n,) of each of n answers, ids (T_i,) each, after an image and a prompt (T,)."""
+        """Log-probability (n,) of n answers, ids (T_i,), after an image and prompt (T,); wants eval mode."""
         ids = utils.rnn.pad_sequence([torch.cat([prompt_ids, ids]) for ids in choices], batch_first=True)
         targets = utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-100)                # (n,T)
         logits = self.decoder.head(self.hidden(self.see(image), ids)[:, len(prompt_ids):-1])
@@ -536,11 +536,11 @@ def learn_bpe(texts, size):
     """Byte-pair encoding (1508.07909): the most frequent pair becomes a token -> {token as latin-1: rank}."""
     words = Counter(w for t in texts for w in re.findall(r' ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+', ' ' + t))
     parts = [''.join(map('‹{:c}›'.format, w.encode('utf8', 'replace'))) for w in words]
-    n, pairs, where, ranks = [*words.values()], Counter(), defaultdict(set), {chr(b): b for b in range(256)}
+    counts, ranks = [*words.values()], {chr(b): b for b in range(256)}
+    pairs, where = Counter(), defaultdict(set)           # how often a pair occurs, and in which words
     def tally(i, sign):
-        tokens = parts[i][1:-1].split('›‹')
-        for pair in zip(tokens, tokens[1:]):
-            pairs[pair] += sign * n[i]
+        for pair in itertools.pairwise(parts[i][1:-1].split('›‹')):
+            pairs[pair] += sign * counts[i]
             where[pair].add(i)
     for i in range(len(words)): tally(i, 1)
     while len(ranks) < size and pairs and pairs[best := max(pairs, key=pairs.get)] > 1:
@@ -596,7 +596,7 @@ def collate(items, cfg, tokenizer, transform):
             ids, targets = ids + prompt + answer, targets + [-100] * len(prompt) + answer
         rows.append((ids, targets, start, transform(image)))
     longest, packed = max(len(row[0]) for row in rows), len(rows) < len(items)
-    longest = min(-(-longest // 16) * 16, math.inf if packed else room)        # few shapes: kernels are kept
+    longest = min(-(-longest // 16) * 16, math.inf if packed else room)     # a CPU keeps a kernel for each
     pad = lambda i, value: torch.tensor([row[i] + [value] * (longest - len(row[i])) for row in rows])
     return torch.stack([row[3] for row in rows]), pad(0, 0), pad(1, -100), *([pad(2, 0)] if packed else [])
 # 10. Data ---------------------------------------------------------------------------------------------------
@@ -610,7 +610,7 @@ SHAPES = {'circle': ring(36, 0, 1), 'square': ring(4, 45, 1.25), 'triangle': rin
 SIZES = {'small': (0.105, 0.12), 'large': (0.16, 0.18)}          # radii, in picture widths
 PLACES = ('at the top left, at the top, at the top right, on the left, in the center, on the right, '
           'at the bottom left, at the bottom, at the bottom right').split(', ')
-UNSEEN = {f'{color} {shape}' for color, shape in zip(COLORS, SHAPES)}   # pairs kept from training
+UNSEEN = {*map(' '.join, zip(COLORS, SHAPES))}                   # pairs kept from training
 QUESTIONS = ('count', 'side', 'exists', 'color', 'count', 'side', 'exists', 'shape', 'color', 'choice')
 
 class Shapes(torch.utils.data.Dataset):
@@ -749,8 +749,8 @@ def make_dataset(spec, split='train', image_dir='', val_spec='', size=0, seed=0)
     return CaptionedImages(own, folder, path, size)
 # 11. Command line -------------------------------------------------------------------------------------------
 def override(settings, argv=None):
-    """Lets `--name=value`, `--name value` and a bare `--flag` change a runner's globals: nanoGPT's way, but a
-    setting's comment is checked, too: words in quotes (others too, if it ends in ...) or "> 0 and <= 1;"."""
+    """Lets `--name=value`, `--name value` and a bare `--flag` change the globals above its call: as nanoGPT,
+    but checked by their comments: words in quotes (others too, if it ends in ...) or "> 0 and <= 1;"."""
     with open(settings['__file__'], encoding='utf-8') as f:
         comments = dict(re.findall(r'^(\w+) = .*?  +# (.*)$', f.read().split('override(')[0], re.M))
     wanted = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a word'}
