@@ -6,7 +6,7 @@
     python sample.py --image=cat.jpg --attention=look.png    draws where it looked for each word
     python sample.py --init_from=nanovlm-222m --image=cat.jpg --prompt="What is this?"    public weights
 """
-import glob, os, re, sys, time
+import glob, os, sys, time
 import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import to_pil_image, resize
@@ -33,8 +33,7 @@ compile = False                  # true: torch.compile; pays on a GPU, after a m
 override(globals())
 found = getattr(torch.accelerator.current_accelerator(check_available=True), 'type', 'cpu')
 device, kind = (found, found) if device == 'auto' else (device, device.split(':')[0])
-if not re.fullmatch(rf'(cpu|{found})(:\d+)?', device):
-    raise UserError(f'device={device}, but PyTorch finds none here: --device=cpu, or leave it out')
+with explained(f'device={device}: PyTorch finds {found} here'): torch.empty(1, device=device)
 fast = 'bfloat16' if kind == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False) else 'float32'
 torch.manual_seed(seed := seed or time.time_ns() % 2 ** 31)
 torch.set_grad_enabled(False)

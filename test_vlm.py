@@ -592,7 +592,7 @@ def test_sample_answers_ranks_and_goes_on_past_a_bad_picture(tmp_path):
     assert odd.returncode == 0 and not odd.stderr
     wrong = [(1, 'could not draw', 'sample.py --attention=x.weird'), (2, '> 0', 'sample.py --top_p=0'),
              (1, 'block_size=144', f'sample.py --prompt={"x" * 999}'), (1, 'no x', 'sample.py --init_from=x'),
-             (1, 'finds none', 'sample.py --device=tpu'), (1, 'cannot be', 'train.py --out_dir=red.png'),
+             (1, 'finds cpu', 'sample.py --device=tpu'), (1, 'cannot be', 'train.py --out_dir=red.png'),
              (1, 'resume goes on', 'train.py'), (1, 'smollm2-135m', 'train.py --out_dir=b --init_from=gpt-2'),
              (1, 'wanted as', 'train.py --out_dir=c --freeze=vision,projection,decoder')]
     with ThreadPool(2) as pool:

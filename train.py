@@ -74,9 +74,9 @@ path, world, rank = f'{out_dir}/ckpt.pt', int(os.environ.get('WORLD_SIZE', 1)), 
 say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
 found = getattr(torch.accelerator.current_accelerator(check_available=True), 'type', 'cpu')
 device, kind = (found, found) if device == 'auto' else (device, device.split(':')[0])
-if not re.fullmatch(rf'(cpu|{found})(:\d+)?', device) or batch_size < world:
-    raise UserError(f'device={device}: PyTorch finds {found} here; batch_size={batch_size}: {world} at least')
 device = f'cuda:{os.environ.get("LOCAL_RANK", device[5:] or 0)}' if kind == 'cuda' else device
+with explained(f'device={device}: PyTorch finds {found} here'): torch.empty(1, device=device)
+if batch_size < world: raise UserError(f'batch_size={batch_size}: {world} processes want an image each')
 if kind == 'cuda': torch.cuda.set_device(device)
 if world > 1: dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
 sum_over_processes = dist.all_reduce if world > 1 else lambda tensor: None
@@ -90,7 +90,7 @@ torch.manual_seed(seed)
 
 # data -------------------------------------------------------------------------------------------------------
 public = dict(base='vit_b_16,gpt2', nanovlm='siglip-b-16,smollm2-135m')     # parts that are published
-names = public.get(preset, 'pretrained of base or nanovlm') if init_from == 'pretrained' else init_from
+names = public.get(preset, preset) if init_from == 'pretrained' else init_from
 cfg = VLMConfig() if {*init_from.split(',')} <= PUBLIC.keys() else PRESETS[preset]     # a file: the preset's
 cfg = replace(cfg, **ChainMap(*(PUBLIC[name][1] for name in names.split(',') if name in PUBLIC)))
 cfg = model.cfg if init_from == 'resume' else cfg
