@@ -30,7 +30,7 @@ blind = False                    # true: all images grey; what another run does 
 contrastive = 0.0                # >= 0; weight of SigLIP's loss, which text is of which image, 0 = off
 augment = False                  # true: mirrors, crops, colours at random; not for texts that say left
 num_workers = -1                 # >= -1 and <= 256; processes for batches, 0 = this one, -1 = as many as help
-batch_size = 32                  # > 0; images in a batch, over all processes, at least one each
+batch_size = 16                  # > 0; images in a batch, over all processes, at least one each
 texts_per_image = 10             # > 0; most texts of an image that go with it, so that it is encoded once
 gradient_accumulation_steps = 1  # > 0; batches in a step
 preset = 'tiny'                  # 'tiny', 'small', 'base' or 'nanovlm'; see PRESETS in vlm.py

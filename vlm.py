@@ -108,10 +108,10 @@ PUBLIC = {   # published weights: their Hugging Face repository, or '' for torch
     'cosmo2': ('HuggingFaceTB/cosmo2-tokenizer', {}),            # nanoVLM's tokenizer
     'nanovlm-222m': ('lusxvr/nanoVLM-222M', NANOVLM)}
 SCRATCH = dict(stem='conv', patch_size=8, input_norm=True, projection='pixel_shuffle', tokenizer='bpe')
-slim = lambda n_layer, n_embd, **more: TransformerConfig(n_layer, n_embd // 32, n_embd, bias=False, **more)
+slim = lambda n_layer, n_head, **more: TransformerConfig(n_layer, n_head, 128, bias=False, **more)
 PRESETS = {  # from nothing on a CPU: drawn scenes (1.4M parameters), photos (1.8M); then 213M and 222M
-    'tiny': VLMConfig(slim(1, 128), slim(4, 128), image_size=64, vocab_size=512, block_size=144, **SCRATCH),
-    'small': VLMConfig(slim(1, 128, dropout=0.1), slim(4, 128, dropout=0.1), image_size=64, vocab_size=4096,
+    'tiny': VLMConfig(slim(1, 8), slim(4, 8), image_size=64, vocab_size=512, block_size=144, **SCRATCH),
+    'small': VLMConfig(slim(1, 4, dropout=0.1), slim(4, 4, dropout=0.1), image_size=64, vocab_size=4096,
                        block_size=160, **SCRATCH),
     'base': VLMConfig(**PUBLIC['vit_b_16'][1], **PUBLIC['gpt2'][1]), 'nanovlm': VLMConfig(**NANOVLM)}
 # 2. Building blocks -----------------------------------------------------------------------------------------
