@@ -28,7 +28,7 @@ top_p = 0.9                      # > 0 and <= 1; draw from the likeliest that to
 seed = 0                         # >= 0 and < 1e18; 0 = another each time
 device = 'auto'                  # 'auto', 'cpu', 'mps', 'cuda', 'cuda:1' ...
 dtype = 'auto'                   # 'auto', 'float32', 'bfloat16' or 'float16'
-compile = False                  # true: torch.compile; pays on a GPU, after a minute
+compile = False                  # true: torch.compile, after a minute or three; for GPUs, slower on a CPU
 # ------------------------------------------------------------------------------------------------------------
 override(globals())
 found = getattr(torch.accelerator.current_accelerator(check_available=True), 'type', 'cpu')

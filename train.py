@@ -57,7 +57,7 @@ min_lr = 0.0                     # >= 0 and <= 1; as a fraction of the full rate
 device = 'auto'                  # 'auto', 'cpu', 'mps', 'cuda', 'cuda:1' ...
 dtype = 'auto'                   # 'auto', 'float32', 'bfloat16' or 'float16' (with a gradient scaler)
 grad_checkpointing = False       # true: compute activations again in the backward pass; less memory, slower
-compile = False                  # true: torch.compile; pays on a GPU, after a minute
+compile = False                  # true: torch.compile, after a minute or two; for GPUs, no gain on a CPU
 peak_tflops = 312.0              # > 0; of the GPU in 16 bits, for MFU; A100 312, H100 and H200 989, L4 121
 seed = 1337                      # >= 0 and < 1e18; of weights, data order and scenes
 # ------------------------------------------------------------------------------------------------------------
