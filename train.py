@@ -22,7 +22,7 @@ log_interval = 50                # > 0; steps between lines of the log
 eval_iters = 20                  # > 0; held-out batches for the validation loss; image gain: of 2 or more
 eval_samples = 200               # >= 0; held-out items answered in words, 0 = none; 16 times at shapes' end
 eval_only = False                # true: with init_from=resume, evaluate and stop
-overwrite = False                # true: may replace a checkpoint of a run with other settings
+overwrite = False                # true: a new run may replace the checkpoint in out_dir
 dataset = 'shapes'               # 'shapes', a caption file (.csv .txt .jsonl .json), a folder of classes ...
 val_dataset = ''                 # the same for validation; '' = a fixed 5 % of the images of dataset
 image_dir = ''                   # where the images of a caption file are; '' = beside it

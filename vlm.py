@@ -775,6 +775,6 @@ def override(settings, argv=None):
         parser.error(f'no setting {unknown[0]}; {f"did you mean {near[0]}?" if near else "--help lists all"}')
     settings.update(vars(found))
     warnings.filterwarnings('ignore', module='PIL')      # of odd pictures; what is too odd raises
-    getattr(sys.stdout, 'reconfigure', dict)(errors='backslashreplace')  # a path may hold what is no text
+    with contextlib.suppress(AttributeError): sys.stdout.reconfigure(errors='backslashreplace')  # odd paths
     say = lambda _, e, at: parser.exit(1, f'{parser.prog}: {str(e).split("vlm.UserError: ")[-1].strip()}\n')
     sys.excepthook = lambda kind, *e: (say if issubclass(kind, UserError) else sys.__excepthook__)(kind, *e)
