@@ -31,7 +31,7 @@ contrastive = 0.0                # >= 0; weight of SigLIP's loss, which text is 
 augment = False                  # true: mirrors, crops, colours at random; not for texts that say left
 num_workers = -1                 # >= -1 and <= 256; processes for batches, 0 = this one, -1 = as many as help
 batch_size = 16                  # > 0; images in a batch, over all processes, at least one each
-texts_per_image = 10             # > 0; most texts of an image that go with it, so that it is encoded once
+texts_per_image = 10             # > 0; most texts of an image that go with it, as far as block_size has room
 gradient_accumulation_steps = 1  # > 0; batches in a step
 preset = 'tiny'                  # 'tiny', 'small', 'base' or 'nanovlm'; see PRESETS in vlm.py
 tokenizer = ''                   # 'bytes', 'bpe' (learned), 'gpt2', a tokenizer.json; '' = the preset's ...
@@ -41,9 +41,9 @@ block_size = 0                   # >= 0; tokens with the image, 0 = the preset's
 projection = ''                  # '', 'linear', 'mlp', 'pixel_shuffle' or 'perceiver'; '' = the preset's
 dropout = -1.0                   # >= -1 and < 1; in encoder and decoder, -1 = the preset's
 optimizer = 'muon'               # 'muon' (hidden matrices, the rest AdamW) or 'adamw'
-learning_rate = 3e-3             # > 0; of AdamW
-muon_lr = 0.02                   # > 0; of Muon
-max_iters = 1600                 # >= 0; steps
+learning_rate = 2.5e-3           # > 0; of AdamW
+muon_lr = 0.015                  # > 0; of Muon
+max_iters = 2000                 # >= 0; steps
 weight_decay = 0.4               # >= 0; on matrices only
 beta1 = 0.9                      # >= 0 and < 1; of AdamW
 beta2 = 0.95                     # >= 0 and < 1; of AdamW

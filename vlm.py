@@ -105,14 +105,14 @@ PUBLIC = {   # published weights: their Hugging Face repository, or '' for torch
         ('', 12, 12, 768), ('-medium', 24, 16, 1024), ('-large', 36, 20, 1280), ('-xl', 48, 25, 1600))},
     'smollm2-135m': ('HuggingFaceTB/SmolLM2-135M', SMOLLM2),
     'smollm2-360m': ('HuggingFaceTB/SmolLM2-360M', llama('smollm2-360m', 32, 15, 960, 5, 2560)),
-    'cosmo2': ('HuggingFaceTB/cosmo2-tokenizer', {}),            # nanoVLM's tokenizer
-    'nanovlm-222m': ('lusxvr/nanoVLM-222M', NANOVLM)}
-SCRATCH = dict(stem='conv', patch_size=8, input_norm=True, projection='pixel_shuffle', tokenizer='bpe')
+    'cosmo2': ('HuggingFaceTB/cosmo2-tokenizer', {}), 'nanovlm-222m': ('lusxvr/nanoVLM-222M', NANOVLM)}
+SCRATCH = dict(stem='conv', patch_size=8, image_size=64, input_norm=True, projection='pixel_shuffle',
+               tokenizer='bpe', prompt_template=' {}')     # so a first word is the token it is elsewhere
 slim = lambda n_layer, n_head, **more: TransformerConfig(n_layer, n_head, 128, bias=False, **more)
-PRESETS = {  # from nothing on a CPU: drawn scenes (1.4M parameters), photos (1.8M); then 213M and 222M
-    'tiny': VLMConfig(slim(1, 8), slim(4, 8), image_size=64, vocab_size=512, block_size=144, **SCRATCH),
-    'small': VLMConfig(slim(1, 4, dropout=0.1), slim(4, 4, dropout=0.1), image_size=64, vocab_size=4096,
-                       block_size=160, **SCRATCH),
+PRESETS = {  # from nothing on a CPU: drawn scenes (1.2M parameters), photos (1.7M); then 213M and 222M
+    'tiny': VLMConfig(slim(1, 8), slim(4, 8), vocab_size=512, block_size=112, **SCRATCH),
+    'small': VLMConfig(slim(1, 4, dropout=0.1), slim(4, 4, dropout=0.1), vocab_size=4096, block_size=160,
+                       **SCRATCH),
     'base': VLMConfig(**PUBLIC['vit_b_16'][1], **PUBLIC['gpt2'][1]), 'nanovlm': VLMConfig(**NANOVLM)}
 # 2. Building blocks -----------------------------------------------------------------------------------------
 make_norm = lambda c: (nn.RMSNorm(c.n_embd, c.norm_eps) if c.norm == 'rms' else
@@ -204,11 +204,11 @@ class Transformer(nn.Module):
 # 3. Vision encoder ------------------------------------------------------------------------------------------
 def conv_stem(width, patch_size):
     """(B,3,h,w) -> (B,width,h/p,w/p), p 4 to 32: log2(p) + 1 convolutions. Max-pooling keeps edges sharp."""
-    widths = [width // 4, width // 4, width // 4, width // 2, width][-int(math.log2(patch_size)):]
+    widths = [width // 4, width // 4, width // 4, width // 4, width // 2][-int(math.log2(patch_size)):]
     layers = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.GELU()]
     for a, b in zip(widths, widths[1:]):
         layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(b), nn.GELU()]
-    return nn.Sequential(*layers, nn.Conv2d(width, width, 3, padding=1))
+    return nn.Sequential(*layers, nn.Conv2d(widths[-1], width, 3, padding=1))
 
 class VisionEncoder(Transformer):
     """ViT or SigLIP: an image becomes a grid of patches, and each patch looks at all."""
@@ -289,6 +289,9 @@ class MinimalVLM(nn.Module):
                 std /= math.sqrt(2 * len(self.get_submodule(name.split('.blocks')[0]).blocks))
             if p.dim() == 2: nn.init.normal_(p, std=std)
             elif name.endswith('bias'): nn.init.zeros_(p)
+        for m in self.modules():     # queries begin as keys: a token looks at what is like it (2305.09828)
+            if isinstance(m, Attention) and m.n_head == m.n_kv_head:
+                m.q.weight.data.copy_(nn.init.normal_(m.k.weight, std=0.7 / math.sqrt(m.k.in_features)))
 
     @classmethod
     def from_pretrained(cls, names, cfg=None):
@@ -585,7 +588,7 @@ def encode_prompt(tokenizer, cfg, prompt):
 
 def collate(items, cfg, tokenizer, transform):
     """Items (image, prompt, answer) -> images (B,3,H,W), input_ids and targets (B,T), -100 where unscored.
-    Neighbours of one image share a row; then start (B,T) is fourth: the column where a text begins."""
+    Neighbours of one image share a row, cut to fit; then start (B,T) is fourth: where a text begins."""
     room, rows = cfg.block_size - cfg.n_visual, []
     for _, texts in itertools.groupby(items, lambda item: id(item[0])):
         ids, targets, start = [], [], []
@@ -595,10 +598,9 @@ def collate(items, cfg, tokenizer, transform):
             start += [len(ids)] * len(prompt + answer)
             ids, targets = ids + prompt + answer, targets + [-100] * len(prompt) + answer
         rows.append((ids, targets, start, transform(image)))
-    longest, packed = max(len(row[0]) for row in rows), len(rows) < len(items)
-    longest = min(-(-longest // 16) * 16, math.inf if packed else room)     # a CPU keeps a kernel for each
-    pad = lambda i, value: torch.tensor([row[i] + [value] * (longest - len(row[i])) for row in rows])
-    return torch.stack([row[3] for row in rows]), pad(0, 0), pad(1, -100), *([pad(2, 0)] if packed else [])
+    longest = min(room, -(-max(len(row[0]) for row in rows) // 16) * 16)     # a CPU keeps a kernel for each
+    pad = lambda i, value: torch.tensor([(row[i] + [value] * longest)[:longest] for row in rows])
+    return torch.stack([r[3] for r in rows]), pad(0, 0), pad(1, -100), *[pad(2, 0)] * (len(rows) < len(items))
 # 10. Data ---------------------------------------------------------------------------------------------------
 COLORS = {'red': (225, 40, 40), 'green': (40, 170, 70), 'blue': (40, 80, 225), 'yellow': (240, 215, 40),
           'orange': (245, 135, 25), 'purple': (145, 55, 190), 'cyan': (60, 205, 225), 'black': (35, 35, 35)}
@@ -617,19 +619,17 @@ class Shapes(torch.utils.data.Dataset):
     """Scenes drawn from (seed, split, index) alone, with captions and questions. 'train' and 'val' have no
     UNSEEN pair in picture or words, 'novel' only such. kind: 'mixed', 'caption' or 'question'."""
     def __init__(self, split, seed=0, kind='mixed', pixels=128):
-        self.split, self.seed, self.pixels, self.n_images = split, seed, pixels, 1_000_000
+        self.split, self.seed, self.pixels, self.n_images, new = split, seed, pixels, 10**6, split == 'novel'
         self.part = dict(mixed=slice(None), caption=slice(1), question=slice(1, None))[kind]
-        pairs = map(' '.join, itertools.product(COLORS, SHAPES))
-        self.pairs = [pair for pair in pairs if (pair in UNSEEN) == (split == 'novel')]
+        self.pairs = [p for c in COLORS for s in SHAPES if ((p := f'{c} {s}') in UNSEEN) == new]
     __len__ = lambda self: self.n_images
     texts = property(lambda self: (' '.join(item[1:]) for i in range(400) for item in self.about(i)))
     __getitem__ = lambda self, index: (items := self.about(index))[index % len(items)]
 
     def about(self, index):
         """All items about scene number index, in random order: a caption and the questions that suit it."""
-        rng = random.Random(f'{self.seed} {self.split} {index}')
-        kinds, scene = ['caption', *rng.sample(QUESTIONS, len(QUESTIONS))], self.scene(rng)
-        texts = [*filter(None, (self.ask(kind, scene, rng) for kind in kinds))][self.part]
+        scene = self.scene(rng := random.Random(f'{self.seed} {self.split} {index}'))
+        texts = [*filter(None, (self.ask(kind, scene, rng) for kind in ('caption', *QUESTIONS)))][self.part]
         image = Image.new('RGB', (self.pixels, self.pixels), tuple(rng.randint(225, 255) for _ in range(3)))
         for t in scene:
             shade = tuple(min(255, max(0, v + rng.randint(-30, 30))) for v in COLORS[t.color])
