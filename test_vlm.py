@@ -536,13 +536,13 @@ def test_two_processes_lose_what_one_does(tmp_path):
     close(one, two, 2e-4)
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
-    options = '--max_iters=400 --eval_samples=10 --eval_iters=2'.split()
+    options = '--max_iters=300 --muon_lr=0.02 --learning_rate=3e-3 --eval_samples=10 --eval_iters=2'.split()
     done = run('train.py', *options, cwd=(folder := tmp_path_factory.mktemp('trained')))
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 def test_the_default_job_learns_to_look(trained):
     assert float(re.search(r'image gain (-?[\d.]+)', trained[1])[1]) > 1.0
-    assert os.path.getsize(trained[0] / 'out/samples.png') > 10_000 and len(losses(trained[0] / 'out')) == 8
+    assert os.path.getsize(trained[0] / 'out/samples.png') > 10_000 and len(losses(trained[0] / 'out')) == 6
 def test_attention_points_at_what_is_named(trained):
     """Where a colour or shape is said, the brightest of 4 x 4 cells touches its thing, nine times in ten."""
     (model, more), data, hits = load_checkpoint(f'{trained[0]}/out/ckpt.pt'), Shapes('val', 5, 'caption'), []

@@ -107,7 +107,7 @@ PUBLIC = {   # published weights: their Hugging Face repository, or '' for torch
     'smollm2-360m': ('HuggingFaceTB/SmolLM2-360M', llama('smollm2-360m', 32, 15, 960, 5, 2560)),
     'cosmo2': ('HuggingFaceTB/cosmo2-tokenizer', {}), 'nanovlm-222m': ('lusxvr/nanoVLM-222M', NANOVLM)}
 SCRATCH = dict(stem='conv', patch_size=8, image_size=64, input_norm=True, projection='pixel_shuffle',
-               tokenizer='bpe', prompt_template=' {}')     # so a first word is the token it is elsewhere
+               tokenizer='bpe', prompt_template=' {}')     # the space makes a first word a token as any
 slim = lambda n_layer, n_head, **more: TransformerConfig(n_layer, n_head, 128, bias=False, **more)
 PRESETS = {  # from nothing on a CPU: drawn scenes (1.2M parameters), photos (1.7M); then 213M and 222M
     'tiny': VLMConfig(slim(1, 8), slim(4, 8), vocab_size=512, block_size=112, **SCRATCH),
@@ -204,7 +204,7 @@ class Transformer(nn.Module):
 # 3. Vision encoder ------------------------------------------------------------------------------------------
 def conv_stem(width, patch_size):
     """(B,3,h,w) -> (B,width,h/p,w/p), p 4 to 32: log2(p) + 1 convolutions. Max-pooling keeps edges sharp."""
-    widths = [width // 4, width // 4, width // 4, width // 4, width // 2][-int(math.log2(patch_size)):]
+    widths = [width // 4] * (int(math.log2(patch_size)) - 1) + [width // 2]
     layers = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.GELU()]
     for a, b in zip(widths, widths[1:]):
         layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(b), nn.GELU()]
@@ -588,7 +588,7 @@ def encode_prompt(tokenizer, cfg, prompt):
 
 def collate(items, cfg, tokenizer, transform):
     """Items (image, prompt, answer) -> images (B,3,H,W), input_ids and targets (B,T), -100 where unscored.
-    Neighbours of one image share a row, cut to fit; then start (B,T) is fourth: where a text begins."""
+    Neighbours of one image share a row, cut where the block ends; start (B,T) is then fourth: see hidden."""
     room, rows = cfg.block_size - cfg.n_visual, []
     for _, texts in itertools.groupby(items, lambda item: id(item[0])):
         ids, targets, start = [], [], []
@@ -619,10 +619,10 @@ class Shapes(torch.utils.data.Dataset):
     """Scenes drawn from (seed, split, index) alone, with captions and questions. 'train' and 'val' have no
     UNSEEN pair in picture or words, 'novel' only such. kind: 'mixed', 'caption' or 'question'."""
     def __init__(self, split, seed=0, kind='mixed', pixels=128):
-        self.split, self.seed, self.pixels, self.n_images, new = split, seed, pixels, 10**6, split == 'novel'
+        self.split, self.seed, self.pixels, novel = split, seed, pixels, split == 'novel'
         self.part = dict(mixed=slice(None), caption=slice(1), question=slice(1, None))[kind]
-        self.pairs = [p for c in COLORS for s in SHAPES if ((p := f'{c} {s}') in UNSEEN) == new]
-    __len__ = lambda self: self.n_images
+        self.pairs = [p for c in COLORS for s in SHAPES if ((p := f'{c} {s}') in UNSEEN) == novel]
+    n_images, __len__ = 1_000_000, lambda self: self.n_images
     texts = property(lambda self: (' '.join(item[1:]) for i in range(400) for item in self.about(i)))
     __getitem__ = lambda self, index: (items := self.about(index))[index % len(items)]
 
