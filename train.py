@@ -43,7 +43,7 @@ dropout = -1.0                   # >= -1 and < 1; in encoder and decoder, -1 = t
 optimizer = 'muon'               # 'muon' (hidden matrices, the rest AdamW) or 'adamw'
 learning_rate = 2.5e-3           # > 0; of AdamW
 muon_lr = 0.015                  # > 0; of Muon
-max_iters = 2000                 # >= 0; steps
+max_iters = 1500                 # >= 0; steps
 weight_decay = 0.4               # >= 0; on matrices only
 beta1 = 0.9                      # >= 0 and < 1; of AdamW
 beta2 = 0.95                     # >= 0 and < 1; of AdamW

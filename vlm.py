@@ -613,7 +613,7 @@ SIZES = {'small': (0.105, 0.12), 'large': (0.16, 0.18)}          # radii, in pic
 PLACES = ('at the top left, at the top, at the top right, on the left, in the center, on the right, '
           'at the bottom left, at the bottom, at the bottom right').split(', ')
 UNSEEN = {*map(' '.join, zip(COLORS, SHAPES))}                   # pairs kept from training
-QUESTIONS = ('count', 'side', 'exists', 'color', 'count', 'side', 'exists', 'shape', 'color', 'choice')
+QUESTIONS = 'count side exists shape color count side choice shape color side'.split()   # each of a scene
 
 class Shapes(torch.utils.data.Dataset):
     """Scenes drawn from (seed, split, index) alone, with captions and questions. 'train' and 'val' have no
@@ -638,10 +638,10 @@ class Shapes(torch.utils.data.Dataset):
         return [(image, *text) for text in rng.sample(texts, len(texts))]
 
     def scene(self, rng):
-        """One to three things that do not touch, in reading order; x, y and r in picture widths."""
+        """1 to 3 things, often 3, that do not touch, in reading order; x, y and r in picture widths."""
         while True:
             made = []
-            for place in sorted(rng.sample(range(9), rng.randint(1, 3))):
+            for place in sorted(rng.sample(range(9), rng.choice((1, 2, 2, 3, 3, 3)))):
                 x, y = (0.21 + 0.29 * cell + rng.uniform(-0.04, 0.04) for cell in (place % 3, place // 3))
                 last = {*made[-1].pair.split()} if made and rng.random() < 0.3 else ()   # be like the last
                 pair = rng.choice([p for p in self.pairs if last & {*p.split()}] if last else self.pairs)
@@ -652,22 +652,22 @@ class Shapes(torch.utils.data.Dataset):
                 return made
 
     def ask(self, kind, scene, rng):
-        """(prompt, answer) of that kind, or None if the scene does not suit it."""
-        t, pairs, shapes = rng.choice(scene), [t.pair for t in scene], [t.shape for t in scene]
+        """(prompt, answer) of that kind, or None if the scene does not suit. Wrong choices are seen, too."""
+        t, pairs = rng.choice(scene), [t.pair for t in scene]
+        colors, shapes = (traits := ' '.join(pairs).split())[::2], traits[1::2]
         if kind == 'caption':    # the place first: who knows where to look also finds pairs never seen before
             *most, last = [f'{PLACES[t.place]} a {t.size} {t.pair}' for t in scene]
             return '', f'{", ".join(most)} and {last}' if most else last
         if kind == 'count':
-            traits = ' '.join(pairs).split()
             twice = [trait for trait in traits if traits.count(trait) > 1] if rng.random() < 0.4 else []
             word = rng.choice(twice or ['', t.color, t.shape, rng.choice([*COLORS]), rng.choice([*SHAPES])])
             which = f'have the {"color" if word in COLORS else "shape"} {word}' if word else 'are there'
             n = traits.count(word) if word else len(scene)
             return f'how many objects {which}?', ('zero', 'one', 'two', 'three')[n]
         if kind in ('color', 'choice') and shapes.count(t.shape) == 1:
-            colors = rng.sample([t.color, *rng.sample([c for c in COLORS if c != t.color], 2)], 3)
-            choice = ': {}, {} or {}'.format(*colors) if kind == 'choice' else ''
-            return f'what color is the {t.shape}{choice}?', t.color
+            wrong = sorted([c for c in COLORS if c != t.color], key=lambda c: (c not in colors, rng.random()))
+            choice = ': {}, {} or {}'.format(*rng.sample([t.color, *wrong[:2]], 3))
+            return f'what color is the {t.shape}{choice if kind == "choice" else ""}?', t.color
         if kind == 'shape': return f'what shape is {PLACES[t.place]}?', t.shape
         near = [p for p in self.pairs if p not in pairs and (t.color in p or t.shape in p)]
         if kind == 'exists' and near:    # what is absent is near to what is there
