@@ -613,7 +613,7 @@ SIZES = {'small': (0.105, 0.12), 'large': (0.16, 0.18)}          # radii, in pic
 PLACES = ('at the top left, at the top, at the top right, on the left, in the center, on the right, '
           'at the bottom left, at the bottom, at the bottom right').split(', ')
 UNSEEN = {*map(' '.join, zip(COLORS, SHAPES))}                   # pairs kept from training
-QUESTIONS = 'count side exists shape color count side choice shape color side'.split()   # each of a scene
+QUESTIONS = 'count side exists shape color side exists choice shape color side'.split()   # each of a scene
 
 class Shapes(torch.utils.data.Dataset):
     """Scenes drawn from (seed, split, index) alone, with captions and questions. 'train' and 'val' have no
