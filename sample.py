@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import to_pil_image, resize
 from vlm import (Shapes, UserError, encode_prompt, explained, image_transform, load_checkpoint, open_image,
-                 override)
+                 override, pictures_of)
 
 # settings ---------------------------------------------------------------------------------------------------
 out_dir = 'out'                  # folder with the ckpt.pt of train.py
@@ -38,12 +38,12 @@ fast = 'bfloat16' if kind == 'cuda' and torch.cuda.is_bf16_supported(including_e
 torch.manual_seed(seed := seed or time.time_ns() % 2 ** 31)
 torch.set_grad_enabled(False)
 model, checkpoint = load_checkpoint(init_from or os.path.join(out_dir, 'ckpt.pt'), device)
-model.to(getattr(torch, fast if dtype == 'auto' else dtype)).eval()
+model.to(getattr(torch, fast if dtype == 'auto' else dtype))
 if compile: model.decoder.compile(dynamic=True)
 tok, transform = checkpoint['tokenizer'], image_transform(model.cfg)
 
 def pictures():
-    """The paths that --image means; without it a scene is drawn into out_dir."""
+    """The paths that --image means; without it a scene is drawn beside the weights."""
     if not image:
         path = os.path.join(os.path.dirname(init_from) if init_from else out_dir, 'drawn.png')
         Shapes('val', seed, 'caption', pixels=512)[0][0].save(path)
@@ -51,8 +51,7 @@ def pictures():
     paths = []
     for part in [image] if os.path.exists(image) else image.split(','):
         if os.path.isdir(part):
-            inside = sorted(os.path.join(part, name) for name in os.listdir(part))
-            paths += [p for p in inside if p.lower().endswith(tuple(Image.registered_extensions()))]
+            paths += [os.path.join(part, name) for name in sorted(pictures_of(os.listdir(part)))]
         else:
             paths += sorted(glob.glob(part)) if glob.has_magic(part) and not os.path.exists(part) else [part]
     if not paths:
@@ -124,6 +123,6 @@ for number, path in enumerate(paths):
     ids = torch.tensor(encode_prompt(tok, model.cfg, prompt), dtype=torch.long, device=device)
     said = rank(pixels, ids) if choices.strip(', ') else answer(pixels, ids)
     if attention and said:
-        name, kind = os.path.splitext(attention)
-        draw_attention(attention if len(paths) == 1 else f'{name}-{number}{kind}', pixels, ids, said)
+        stem, ending = os.path.splitext(attention)
+        draw_attention(attention if len(paths) == 1 else f'{stem}-{number}{ending}', pixels, ids, said)
 sys.exit(failed)

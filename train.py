@@ -110,7 +110,7 @@ def load(items, first=0, augment=False):
                       for i in range(n * batch_size + rank, (n + 1) * batch_size, world)]
             return collate(sum(groups, []), model.cfg, tok, transform)
     many = 0 if kind == 'cpu' and dataset == 'shapes' else min(8, os.cpu_count())    # to draw costs little
-    workers = (num_workers if num_workers >= 0 else many) * (hasattr(os, 'fork') and kind != 'mps')
+    workers = (num_workers if num_workers >= 0 else many) if hasattr(os, 'fork') and kind != 'mps' else 0
     batches = torch.utils.data.DataLoader(
         range(first, 10 ** 9), batch_size=None, collate_fn=make, generator=torch.Generator(),
         num_workers=workers, multiprocessing_context='fork' if workers else None, pin_memory=kind == 'cuda',

@@ -15,12 +15,11 @@ ViT 2010.11929, SigLIP 2303.15343, LLaVA 2304.08485, Flamingo 2204.14198, Llama 
 """
 import argparse, codecs, contextlib, csv, difflib, itertools, json, math, mmap, os, random, re, sys, warnings
 from typing import Literal, get_args
-from collections import ChainMap, Counter, OrderedDict, defaultdict
+from collections import ChainMap, Counter, OrderedDict, defaultdict, namedtuple
 from dataclasses import asdict, dataclass, fields, replace
-import tiktoken, torch, torchvision
+import tiktoken, torch, torchvision, torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
-from torch.nn import functional as F, utils
 from torchvision.transforms.v2 import ColorJitter, RandomHorizontalFlip, RandomResizedCrop, functional as TF
 
 class UserError(ValueError):
@@ -107,7 +106,7 @@ PUBLIC = {   # published weights: their Hugging Face repository, or '' for torch
     'smollm2-360m': ('HuggingFaceTB/SmolLM2-360M', llama('smollm2-360m', 32, 15, 960, 5, 2560)),
     'cosmo2': ('HuggingFaceTB/cosmo2-tokenizer', {}), 'nanovlm-222m': ('lusxvr/nanoVLM-222M', NANOVLM)}
 SCRATCH = dict(stem='conv', patch_size=8, image_size=64, input_norm=True, projection='pixel_shuffle',
-               tokenizer='bpe', prompt_template=' {}')     # the space makes a first word a token as any
+               tokenizer='bpe', prompt_template=' {}')     # a first word is the token it is later
 slim = lambda n_layer, n_head, **more: TransformerConfig(n_layer, n_head, 128, bias=False, **more)
 PRESETS = {  # from nothing on a CPU: drawn scenes (1.2M parameters), photos (1.7M); then 213M and 222M
     'tiny': VLMConfig(slim(1, 8), slim(4, 8), vocab_size=512, block_size=112, **SCRATCH),
@@ -291,7 +290,8 @@ class MinimalVLM(nn.Module):
             elif name.endswith('bias'): nn.init.zeros_(p)
         for m in self.modules():     # queries begin as keys: a token looks at what is like it (2305.09828)
             if isinstance(m, Attention) and m.n_head == m.n_kv_head:
-                m.q.weight.data.copy_(nn.init.normal_(m.k.weight, std=0.7 / math.sqrt(m.k.in_features)))
+                nn.init.normal_(m.k.weight, std=0.7 / math.sqrt(m.k.in_features))
+                m.q.weight.data.copy_(m.k.weight)
 
     @classmethod
     def from_pretrained(cls, names, cfg=None):
@@ -317,6 +317,7 @@ class MinimalVLM(nn.Module):
         assert images.shape[2:] == (c.image_size,) * 2, f"{images.shape}, but image_size={c.image_size}"
         if images.dtype == torch.uint8: images = TF.normalize(images / 255, c.image_mean, c.image_std)
         return self.decoder.norm_in(self.projection(self.vision(images.to(next(self.parameters()).dtype))))
+    prompts = staticmethod(lambda ids: ids if isinstance(ids, list) else [*torch.atleast_2d(ids)])
     read = lambda self, ids: self.decoder.norm_in(self.decoder.embedding(ids))     # (...,T) -> (...,T,C)
 
     def hidden(self, visual, input_ids, start=None, cache=None):
@@ -327,13 +328,13 @@ class MinimalVLM(nn.Module):
         (_, known, N), longest, mask = cache or (None, 0, visual.size(1)), self.cfg.block_size, None
         keys = torch.arange(known + x.size(1), device=x.device)          # columns, those in the cache, too
         positions, queries = keys[known:], keys[known:, None]            # of the new ones
+        if len(keys) > longest: raise UserError(f'{len(keys)} tokens, more than block_size={longest}')
         if start is not None:            # padding, too, sees itself: softmax of nothing is nan
             begin = F.pad(start := start.expand(input_ids.shape), (visual.size(1), 0))[:, :, None]   # (B,T,1)
             mask = (keys <= queries) & ((keys < N) | (keys >= N + begin)) | (keys == queries)        # (B,T,S)
-            mask, positions = mask[:, None], (positions - begin[..., 0]).clamp(0, longest - 1)
-        elif len(keys) > longest: raise UserError(f'{len(keys)} tokens, more than block_size={longest}')
+            mask, positions = mask[:, None], (positions - begin[..., 0]).clamp(min=0)
         h = F.pad(self.decoder(x, positions, mask, cache and cache[:2]), (0, 0, 1, 0))[:, visual.size(1):]
-        if start is None: return h
+        if start is None or not N: return h
         # a text's first token is predicted by the image, wherever it stands; also that of an empty prompt
         predicted = max(0, known - N) + torch.arange(h.size(1), device=x.device)     # columns, by h's rows
         first = predicted == torch.cat([start, start[:, -1:]], dim=1)
@@ -347,10 +348,10 @@ class MinimalVLM(nn.Module):
         h = self.hidden(visual, ids, start)
         if targets is not None:
             scored = (targets := targets.view_as(ids)) != -100
-            scored[:, 0] &= images is not None       # without an image nothing predicts the first token
+            if images is None: scored &= torch.arange(ids.size(1)).to(ids) != (0 if start is None else start)
             # the one shift: h's row t predicts token t; rows in 256s: a CPU keeps a kernel for each shape
-            states = F.pad(h[:, :-1][scored], (0, 0, 0, -int(scored.sum()) % 256))
-            logits = self.decoder.head(states)[:scored.sum()].float()    # few of all, and the head is wide
+            states = h[:, :-1][scored]               # few of all, and the head is wide
+            logits = self.decoder.head(F.pad(states, (0, 0, 0, -len(states) % 256)))[:len(states)].float()
             loss = F.cross_entropy(logits, targets[scored])
             if contrastive:      # SigLIP, scale and bias fixed: which text, read alone, is of which image?
                 words = self.hidden(self.see(None), ids, start)[:, 1:] * scored[..., None]         # (B,T,C)
@@ -369,8 +370,8 @@ class MinimalVLM(nn.Module):
             for m in self.modules(): afterwards.callback(setattr, m, 'training', m.training)
             self.eval()
             # 1. the image, then the prompts, the shorter ones padded on their left
-            prompts = prompt_ids if isinstance(prompt_ids, list) else [*torch.atleast_2d(prompt_ids)]
-            ids = utils.rnn.pad_sequence(prompts, batch_first=True, padding_side='left')           # (B,T)
+            prompts = self.prompts(prompt_ids)
+            ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side='left')           # (B,T)
             visual, (B, T), longest = self.see(images), ids.shape, self.cfg.block_size
             N, shortest, attn = visual.size(1), min(map(len, prompts)), self.decoder.blocks[0].attn
             if not 0 < N + shortest <= N + T < longest:
@@ -390,14 +391,13 @@ class MinimalVLM(nn.Module):
                 done |= token == stop
                 yield token
                 if S + 1 == end or done.all(): break
-                ids = token if use_cache else torch.cat([ids, token], 1)
-                h = self.hidden(visual[:, N * use_cache:], ids, start, (kv, S, N) if use_cache else None)
+                ids, visual = (token, visual[:, :0]) if use_cache else (torch.cat([ids, token], 1), visual)
+                h = self.hidden(visual, ids, start, (kv, S, N) if use_cache else None)
 
     def generate(self, images, prompt_ids, max_new_tokens=50, *, stop=-1, num_samples=1, **options):
         """stream(), collected: (B * num_samples, T+new) ids; for a list of prompts a list of (T_i+new_i,), in
         which each row ends with its own stop id and equals what its prompt gives alone."""
-        prompts = prompt_ids if isinstance(prompt_ids, list) else torch.atleast_2d(prompt_ids)
-        prompts = [ids for ids in prompts for _ in range(num_samples)]
+        prompts = [ids for ids in self.prompts(prompt_ids) for _ in range(num_samples)]
         steps = self.stream(images, prompt_ids, max_new_tokens, stop=stop, num_samples=num_samples, **options)
         new = torch.cat([prompts[0].new_empty(len(prompts), 0), *steps], dim=1)
         rows = [torch.cat(pair) for pair in zip(prompts, new)]
@@ -407,8 +407,8 @@ class MinimalVLM(nn.Module):
     @torch.no_grad()
     def score(self, image, prompt_ids, choices):
         """Log-probability (n,) of n answers, ids (T_i,), after an image and prompt (T,); wants eval mode."""
-        ids = utils.rnn.pad_sequence([torch.cat([prompt_ids, ids]) for ids in choices], batch_first=True)
-        targets = utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-100)                # (n,T)
+        ids = nn.utils.rnn.pad_sequence([torch.cat([prompt_ids, ids]) for ids in choices], batch_first=True)
+        targets = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-100)             # (n,T)
         logits = self.decoder.head(self.hidden(self.see(image), ids)[:, len(prompt_ids):-1])
         return -F.cross_entropy(logits.float().transpose(1, 2), targets, reduction='none').sum(1)
 # 7. Sampling ------------------------------------------------------------------------------------------------
@@ -500,6 +500,7 @@ PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\
 WORDS = PIECES.replace(r'|\p{N}|', r'| ?\p{N}+|').replace(r'|\s+(?=\p{N})', '')       # as GPT-2
 END = '<|endoftext|>'
 Image.MAX_IMAGE_PIXELS = 40_000_000      # Pillow refuses twice as many: a small file can claim to be huge
+pictures_of = lambda names: [n for n in names if n.lower().endswith(tuple(Image.registered_extensions()))]
 
 class Tokenizer:
     """Text <-> ids: a tiktoken Encoding whose state fits into a checkpoint.
@@ -523,7 +524,7 @@ class Tokenizer:
         """'bytes', 'bpe' (learned from texts), or a Hugging Face tokenizer.json, by its path, its folder's or
         a name in PUBLIC, as 'gpt2': of a byte-level BPE whose ids follow its merges."""
         if name in ('bytes', 'bpe'):
-            ranks = learn_bpe(map(str.strip, texts), vocab_size - 1 if name == 'bpe' else 256)
+            ranks = learn_bpe(map(str.strip, texts if name == 'bpe' else ()), vocab_size - 1)
             return cls(name, ranks, {END: len(ranks)})
         with explained(f'tokenizer={name} is not to be had here; from nothing, --tokenizer=bpe will do'):
             with open(fetch(name, 'tokenizer.json'), encoding='utf-8') as f: data = json.load(f)
@@ -555,8 +556,7 @@ def learn_bpe(texts, size):
     return ranks
 
 def open_image(path, size=0):
-    """A picture file as an upright RGB image; whatever is wrong with it becomes a UserError that names it.
-    size: pixels a side that will do, so that a larger JPEG is decoded at 1/2 to 1/8."""
+    """A picture file, upright and RGB, or a UserError. size: enough pixels a side, for JPEGs to shrink."""
     with explained(f'{path}: not a picture that can be read'), Image.open(path) as image:
         image.draft('RGB', (size, size) if size else image.size)
         return to_rgb(image)
@@ -566,8 +566,8 @@ def to_rgb(image):
     image.load()
     with contextlib.suppress(Exception): image = ImageOps.exif_transpose(image)  # broken EXIF spoils nothing
     if image.mode[0] in 'IF':                # 16 or 32 bits a pixel
-        high = image.getextrema()[1]
-        white = 65535 if image.mode != 'F' and 255 < high < 65536 else max(high, 255)
+        high, whites = image.getextrema()[1], (1, 255) if image.mode == 'F' else (255, 65535)
+        white = next((white for white in whites if high <= white), high)
         image = image.convert('F').point(lambda v: v * (255 / white) + 0).convert('L')
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
@@ -600,7 +600,8 @@ def collate(items, cfg, tokenizer, transform):
         rows.append((ids, targets, start, transform(image)))
     longest = min(room, -(-max(len(row[0]) for row in rows) // 16) * 16)     # a CPU keeps a kernel for each
     pad = lambda i, value: torch.tensor([(row[i] + [value] * longest)[:longest] for row in rows])
-    return torch.stack([r[3] for r in rows]), pad(0, 0), pad(1, -100), *[pad(2, 0)] * (len(rows) < len(items))
+    batch = torch.stack([row[3] for row in rows]), pad(0, 0), pad(1, -100)
+    return (*batch, pad(2, 0)) if len(rows) < len(items) else batch
 # 10. Data ---------------------------------------------------------------------------------------------------
 COLORS = {'red': (225, 40, 40), 'green': (40, 170, 70), 'blue': (40, 80, 225), 'yellow': (240, 215, 40),
           'orange': (245, 135, 25), 'purple': (145, 55, 190), 'cyan': (60, 205, 225), 'black': (35, 35, 35)}
@@ -610,10 +611,11 @@ SHAPES = {'circle': ring(36, 0, 1), 'square': ring(4, 45, 1.25), 'triangle': rin
           'diamond': ring(4, 0, 1.1, 0.7), 'star': ring(10, 0, 1.05, 0.42),
           'cross': [c for arm in zip(ring(4, -17, 1.05), ring(4, 17, 1.05), ring(4, 45, 0.42)) for c in arm]}
 SIZES = {'small': (0.105, 0.12), 'large': (0.16, 0.18)}          # radii, in picture widths
+Thing = namedtuple('Thing', 'pair color shape size place x y r')    # x, y and r (radius) in picture widths
 PLACES = ('at the top left, at the top, at the top right, on the left, in the center, on the right, '
           'at the bottom left, at the bottom, at the bottom right').split(', ')
 UNSEEN = {*map(' '.join, zip(COLORS, SHAPES))}                   # pairs kept from training
-QUESTIONS = 'count side exists shape color side exists choice shape color side'.split()   # each of a scene
+QUESTIONS = 'count side exists shape color side exists choice shape color side'.split()   # asked of a scene
 
 class Shapes(torch.utils.data.Dataset):
     """Scenes drawn from (seed, split, index) alone, with captions and questions. 'train' and 'val' have no
@@ -621,7 +623,7 @@ class Shapes(torch.utils.data.Dataset):
     def __init__(self, split, seed=0, kind='mixed', pixels=128):
         self.split, self.seed, self.pixels, novel = split, seed, pixels, split == 'novel'
         self.part = dict(mixed=slice(None), caption=slice(1), question=slice(1, None))[kind]
-        self.pairs = [p for c in COLORS for s in SHAPES if ((p := f'{c} {s}') in UNSEEN) == novel]
+        self.pairs = [p for p in map(' '.join, itertools.product(COLORS, SHAPES)) if (p in UNSEEN) == novel]
     n_images, __len__ = 1_000_000, lambda self: self.n_images
     texts = property(lambda self: (' '.join(item[1:]) for i in range(400) for item in self.about(i)))
     __getitem__ = lambda self, index: (items := self.about(index))[index % len(items)]
@@ -638,7 +640,7 @@ class Shapes(torch.utils.data.Dataset):
         return [(image, *text) for text in rng.sample(texts, len(texts))]
 
     def scene(self, rng):
-        """1 to 3 things, often 3, that do not touch, in reading order; x, y and r in picture widths."""
+        """1 to 3 things, half the time 3, that do not touch, in reading order."""
         while True:
             made = []
             for place in sorted(rng.sample(range(9), rng.choice((1, 2, 2, 3, 3, 3)))):
@@ -646,15 +648,14 @@ class Shapes(torch.utils.data.Dataset):
                 last = {*made[-1].pair.split()} if made and rng.random() < 0.3 else ()   # be like the last
                 pair = rng.choice([p for p in self.pairs if last & {*p.split()}] if last else self.pairs)
                 (color, shape), size = pair.split(), rng.choice([*SIZES])
-                made.append(argparse.Namespace(pair=pair, color=color, shape=shape, size=size, place=place,
-                                               x=x, y=y, r=rng.uniform(*SIZES[size])))
+                made.append(Thing(pair, color, shape, size, place, x, y, rng.uniform(*SIZES[size])))
             if all(t is u or math.hypot(t.x - u.x, t.y - u.y) > t.r + u.r + 0.01 for t in made for u in made):
                 return made
 
     def ask(self, kind, scene, rng):
-        """(prompt, answer) of that kind, or None if the scene does not suit. Wrong choices are seen, too."""
-        t, pairs = rng.choice(scene), [t.pair for t in scene]
-        colors, shapes = (traits := ' '.join(pairs).split())[::2], traits[1::2]
+        """(prompt, answer) of that kind, or None if the scene does not suit; choices: its colors first."""
+        t, pairs, traits = rng.choice(scene), [t.pair for t in scene], ' '.join(t.pair for t in scene).split()
+        colors, shapes = traits[::2], traits[1::2]
         if kind == 'caption':    # the place first: who knows where to look also finds pairs never seen before
             *most, last = [f'{PLACES[t.place]} a {t.size} {t.pair}' for t in scene]
             return '', f'{", ".join(most)} and {last}' if most else last
@@ -683,8 +684,7 @@ def read_captions(path):
     or of a folder of folders named after what is on their images."""
     if os.path.isdir(path): rows = [
         dict(image=f'{at}/{name}', prompt='what is this?', answer=os.path.basename(at).replace('_', ' '))
-        for at, _, names in os.walk(os.path.abspath(path), followlinks=True) for name in names
-        if name.lower().endswith(tuple(Image.registered_extensions()))]
+        for at, _, names in os.walk(os.path.abspath(path), followlinks=True) for name in pictures_of(names)]
     else:
         with open(path, encoding='utf-8-sig', newline='') as f: lines = [*f]
         if path.endswith('.jsonl'): rows = [json.loads(line) for line in lines if line.strip()]
@@ -740,9 +740,9 @@ def make_dataset(spec, split='train', image_dir='', val_spec='', size=0, seed=0)
     found = [[name for name in texts if os.path.isfile(os.path.join(folder, name))] for folder in folders]
     there, folder = max(zip(found, folders), key=lambda pair: len(pair[0]))
     if not there: raise UserError(f'{path} names {len(texts)} images, none is in {folder}: see --image_dir')
-    if missing := sorted(texts.keys() - there):
-        print(f'{"WARNING: " * (len(missing) > len(texts) / 100)}{path}: {len(missing)} of {len(texts)} '
-              f'images are missing and skipped: {", ".join(missing[:3])} ...', file=sys.stderr)
+    if (missing := sorted(texts.keys() - there)) and (split == 'train' or val_spec):     # one file: tell once
+        print(f'{"WARNING: " if len(missing) > len(texts) / 100 else ""}{path}: {len(missing)} of '
+              f'{len(texts)} images are missing and skipped: {", ".join(missing[:3])} ...', file=sys.stderr)
     held_out = set(random.Random(1337).sample([*texts], max(1, len(texts) // 20)))
     own = {name: texts[name] for name in there if val_spec or (name in held_out) == (split == 'val')}
     if not own: raise UserError(f'{path} has too few images to hold one out: see --val_dataset')
