@@ -6,7 +6,7 @@
     python sample.py --image=cat.jpg --attention=look.png    draws where it looked for each word
     python sample.py --init_from=nanovlm-222m --image=cat.jpg --prompt="What is this?"    public weights
 """
-import glob, os, sys, time
+import glob, os, signal, sys, time
 import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import to_pil_image, resize
@@ -31,6 +31,7 @@ dtype = 'auto'                   # 'auto', 'float32', 'bfloat16' or 'float16'
 compile = False                  # true: torch.compile, after a minute or three; for GPUs, slower on a CPU
 # ------------------------------------------------------------------------------------------------------------
 override(globals())
+if hasattr(signal, 'SIGPIPE'): signal.signal(signal.SIGPIPE, signal.SIG_DFL)    # ends quietly before `| head`
 found = getattr(torch.accelerator.current_accelerator(check_available=True), 'type', 'cpu')
 device, kind = (found, found) if device == 'auto' else (device, device.split(':')[0])
 with explained(f'device={device}: PyTorch finds {found} here'): torch.empty(1, device=device)
