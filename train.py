@@ -161,7 +161,7 @@ if (','.join(frozen), ','.join(map('='.join, scales.items()))) != (freeze, lr_sc
     raise UserError(f'freeze={freeze}, lr_scale={lr_scale}: wanted as vision,decoder and as projection=0.1')
 muon, adamw = {}, {}             # AdamW: embeddings, the first convolution, norms and biases, or everything
 for name, p in model.named_parameters():
-    part, scale = name.split('.')[0], float(scales.get(name.split('.')[0], 1))
+    scale = float(scales.get(part := name.split('.')[0], 1))
     hidden = p.dim() > 1 and not re.search('embedding|position|stem.[0w]|n.conv1|latents|class_token', name)
     groups, rate = (muon, muon_lr) if hidden and optimizer == 'muon' else (adamw, learning_rate)
     group = dict(params=[], full_lr=rate * scale, weight_decay=weight_decay * hidden)

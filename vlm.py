@@ -202,7 +202,8 @@ class Transformer(nn.Module):
         return self.norm(x)
 # 3. Vision encoder ------------------------------------------------------------------------------------------
 def conv_stem(width, patch_size):
-    """(B,3,h,w) -> (B,width,h/p,w/p), p 4 to 32: log2(p) + 1 convolutions. Max-pooling keeps edges sharp."""
+    """(B,3,h,w) -> (B,width,h/p,w/p), by log2(p) + 1 convolutions. Max-pooling keeps edges sharp."""
+    if patch_size not in (4, 8, 16, 32): raise UserError(f'patch_size={patch_size}: wanted 4, 8, 16 or 32')
     widths = [width // 4] * (int(math.log2(patch_size)) - 1) + [width // 2]
     layers = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.GELU()]
     for a, b in zip(widths, widths[1:]):
@@ -370,8 +371,7 @@ class MinimalVLM(nn.Module):
             for m in self.modules(): afterwards.callback(setattr, m, 'training', m.training)
             self.eval()
             # 1. the image, then the prompts, the shorter ones padded on their left
-            prompts = self.prompts(prompt_ids)
-            ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side='left')           # (B,T)
+            ids = nn.utils.rnn.pad_sequence(prompts := self.prompts(prompt_ids), True, padding_side='left')
             visual, (B, T), longest = self.see(images), ids.shape, self.cfg.block_size
             N, shortest, attn = visual.size(1), min(map(len, prompts)), self.decoder.blocks[0].attn
             if not 0 < N + shortest <= N + T < longest:
