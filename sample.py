@@ -1,8 +1,8 @@
 """
-Talks about pictures with a model that train.py made, or with public weights.
+Describes pictures and answers questions about them, with a model from train.py or public weights.
 
     python sample.py                                     draws a scene and says what is in it
-    python sample.py --image=cat.jpg                     describes a picture; or a folder, a pattern, a,b.png
+    python sample.py --image=cat.jpg                     describes a picture (or a folder, a pattern, a,b)
     python sample.py --image=cat.jpg --prompt="what is it?" --choices="a cat,a dog"      which is likelier
     python sample.py --image=cat.jpg --attention=look.png     draws where it looked for each word
 """
@@ -18,14 +18,14 @@ out_dir = 'out'                  # folder with the ckpt.pt of train.py
 init_from = ''                   # another checkpoint, or public weights: a name, repository or folder
 image = ''                       # a file, several with commas, a folder or a pattern; '' = draw a scene
 prompt = ''                      # a question; '' = describe the picture
-choices = ''                     # answers with commas: how likely is each? '' = let the model answer
+choices = ''                     # comma-separated answers to rank; '' = generate one
 attention = ''                   # a PNG file to draw: where the model looked for each word
-num_samples = 1                  # answers for each picture
-max_new_tokens = 100             # longest answer
-temperature = 0.0                # 0 = always the most likely token, 1 = as the model has it
-top_k = 0                        # draw from so many most likely tokens; 0 = from all
-top_p = 0.9                      # draw from the most likely tokens that reach this probability; 1 = from all
-seed = time.time_ns() % 2**31    # of the draws; by default another one each time
+num_samples = 1                  # answers per picture; use with temperature > 0
+max_new_tokens = 100             # maximum length of an answer, in tokens
+temperature = 0.0                # 0 = always the most likely token, 1 = unchanged distribution
+top_k = 0                        # sample from the k most likely tokens; 0 = from all
+top_p = 0.9                      # sample from the most likely tokens with this total probability; 1 = all
+seed = time.time_ns() % 2**31    # for sampling; random by default
 device = 'auto'                  # 'auto', 'cpu', 'mps', 'cuda', 'cuda:1', ...
 dtype = 'auto'                   # 'auto', 'float32', 'bfloat16' or 'float16'
 compile = False                  # torch.compile: for GPUs, after a minute or three; slower on a CPU
@@ -47,36 +47,33 @@ def find_device(device, dtype):
     if dtype == 'auto':
         dtype = 'float32'
         if where.type == 'cuda':
-            dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+            dtype = 'bfloat16' if torch.cuda.is_bf16_supported(False) else 'float16'
         elif where.type == 'cpu' and torch.cpu.get_capabilities().get('avx512_bf16'):
-            dtype = 'bfloat16'  # twice as fast on processors that have it, slow on others
-    check(dtype in ('float32', 'bfloat16', 'float16'), f'dtype={dtype}: float32, bfloat16 or float16')
+            dtype = 'bfloat16'  # twice as fast where the processor has it, slow elsewhere
+    check(dtype in ('float32', 'bfloat16', 'float16'), f'dtype={dtype} is not known')
     return where, dtype
 
 # one picture ------------------------------------------------------------------------------------------
-def rank(model, tok, pixels, ids):
-    """Prints the choices, the likeliest first, with their probabilities among themselves."""
+def rank_choices(model, tok, pixels, ids):
+    """Prints the choices, the likeliest first, with probabilities normalized over them."""
     texts = [text.strip() for text in choices.split(',') if text.strip()]
-    answers = [torch.tensor(encode_answer(tok, model.cfg, text), device=ids.device) for text in texts]
+    answers = [ids.new_tensor(encode_answer(tok, model.cfg, text)) for text in texts]
     probs = model.score(pixels, ids, answers).softmax(dim=0)
     for i in probs.argsort(descending=True).tolist():
         print(f'{probs[i]:7.1%}  {texts[i]}')
 
 def talk(model, tok, pixels, ids):
-    """Prints an answer as it comes, or several of them, and how fast. -> the token ids of the first"""
-    times = [time.time()]
-    tokens = []
+    """Prints an answer as it comes, or several, and the speed. -> token ids of the first"""
+    times, tokens = [time.time()], []
     def arriving():
-        options = dict(temperature=temperature, top_p=top_p, top_k=top_k, stop=tok.end)
-        for step in model.stream(pixels[None], ids.expand(num_samples, -1), max_new_tokens, **options):
+        rows = ids.expand(num_samples, -1)
+        for step in model.stream(pixels[None], rows, max_new_tokens, temperature, top_p, top_k, tok.end):
             tokens.append(step[:, 0].tolist())
             times.append(time.time())
             yield tokens[-1][0]
     if num_samples == 1:
-        pieces = tok.stream(arriving())
-        print(next(pieces).lstrip(), end='')
-        for piece in pieces:
-            print(piece, end='', flush=True)
+        for i, piece in enumerate(tok.stream(arriving())):
+            print(piece if i else piece.lstrip(), end='', flush=True)
         print()
     else:
         list(arriving())
@@ -87,16 +84,16 @@ def talk(model, tok, pixels, ids):
     return [row[0] for row in tokens if row[0] != tok.end]
 
 def draw_attention(model, tok, pixels, ids, said, path):
-    """Saves the picture once for every word, bright where the model looked (mean of layers and heads)."""
-    check(model.cfg.projection != 'perceiver', 'attention: the tokens of a Perceiver have no place')
+    """Saves one copy of the picture per word, bright where the model looked (mean of layers and heads)."""
+    check(model.cfg.projection != 'perceiver', 'attention: tokens of a Perceiver have no position')
     layers = [block.attn for block in model.decoder.transformer.blocks]
     for attn in layers:
         attn.keep_map = True
     model(pixels[None], torch.cat([ids, ids.new_tensor(said)])[None])
-    maps = torch.stack([attn.attn_map[0].float().mean(dim=0) for attn in layers]).mean(dim=0).cpu()  # (S,S)
+    maps = torch.stack([attn.attn_map[0].float().mean(dim=0) for attn in layers]).mean(dim=0).cpu()
     side = math.isqrt(model.cfg.n_visual)
-    rows = maps[-1 - len(said) : -1, : side**2].view(-1, 1, side, side)  # a token is chosen one position before
-    words = []  # (tokens, map) of each
+    rows = maps[-1 - len(said) : -1, : side**2].view(-1, 1, side, side)  # query i-1 predicted token i
+    words = []  # (token ids, summed map) of each
     for token, row in zip(said, rows):
         if not words or tok.decode([token]).startswith(' '):
             words.append(([], torch.zeros(1, side, side)))
@@ -104,17 +101,16 @@ def draw_attention(model, tok, pixels, ids, said, path):
         words[-1][1].add_(row)
     page = Image.new('RGB', (170 * min(8, len(words)), 185 * math.ceil(len(words) / 8)), 'white')
     bright = TF.to_pil_image(pixels.cpu()).resize((160, 160))
-    dark = bright.point(lambda value: value // 4)
     for i, (tokens, row) in enumerate(words):
         x, y = 170 * (i % 8), 185 * (i // 8)
         mask = TF.to_pil_image(TF.resize(row / row.max(), [160, 160]).clamp(0, 1))
-        page.paste(Image.composite(bright, dark, mask), (x, y))
+        page.paste(Image.composite(bright, bright.point(lambda value: value // 4), mask), (x, y))
         ImageDraw.Draw(page).text((x, y + 162), tok.decode(tokens).strip(), 'black', font_size=15)
     page.save(path)
 
 # the run ----------------------------------------------------------------------------------------------
 def find_pictures():
-    """The paths that --image means. Without it, a scene is drawn into out_dir."""
+    """The paths given by --image; if empty, draws a scene into out_dir."""
     if not image:
         from train import Shapes
         folder = os.path.expanduser(out_dir)
@@ -125,25 +121,26 @@ def find_pictures():
     for part in [image] if os.path.exists(image) else image.split(','):
         part = os.path.expanduser(part.strip())
         if os.path.isdir(part):
-            paths += [os.path.join(part, name) for name in sorted(filter(is_picture, os.listdir(part)))]
+            paths += [f'{part}/{name}' for name in sorted(filter(is_picture, os.listdir(part)))]
         elif os.path.exists(part) or not glob.has_magic(part):
             paths.append(part)
         else:
             paths += sorted(glob.glob(part))
-    check(paths, f'image={image}: there is no picture')
+    check(paths, f'image={image}: no picture found')
     return paths
 
-def load_model(where):
-    """-> model and tokenizer: of public weights, or of a checkpoint, by default that in out_dir"""
+def load_model(where):  # of public weights or of a checkpoint
     path = os.path.expanduser(init_from or f'{out_dir}/ckpt.pt')
     if not init_from or os.path.isfile(path):
         return load_checkpoint(path, where)[:2]
     model = MinimalVLM.from_pretrained(init_from).to(where)
-    own = os.path.exists(f'{path}/tokenizer.json')
-    return model, Tokenizer.make(path if own else model.cfg.tokenizer)
+    if os.path.exists(f'{path}/tokenizer.json'):
+        return model, Tokenizer.make(path)
+    return model, Tokenizer.make(model.cfg.tokenizer)
 
 def main(argv=None):
     override(globals(), argv)
+    check(num_samples == 1 or temperature > 0, 'several samples need a temperature above 0')
     where, precision = find_device(device, dtype)
     torch.manual_seed(seed)
     torch.set_grad_enabled(False)
@@ -152,8 +149,9 @@ def main(argv=None):
     if compile:
         model.decoder.compile(dynamic=True)
     paths = find_pictures()
-    drawable = attention.endswith('.png') and os.path.isdir(os.path.dirname(attention) or '.')
-    check(not attention or drawable, f'attention={attention} must be a .png file in a folder that exists')
+    map_path = os.path.expanduser(attention)
+    drawable = map_path.endswith('.png') and os.path.isdir(os.path.dirname(map_path) or '.')
+    check(not attention or drawable, f'attention={attention} is not a .png file in an existing folder')
     check(not attention or len(paths) == 1, 'attention is for one picture at a time')
     failed = 0
     for path in paths:
@@ -163,14 +161,14 @@ def main(argv=None):
             print(f'sample.py: {e}', file=sys.stderr)
             failed = 1
             continue
-        print(f'{path}: {prompt}'.removesuffix(': '))
+        print(': '.join(filter(None, [path, prompt])))
         ids = torch.tensor(encode_prompt(tok, model.cfg, prompt), device=where)
         if choices.strip(', '):
-            rank(model, tok, pixels, ids)
+            rank_choices(model, tok, pixels, ids)
             continue
         said = talk(model, tok, pixels, ids)
         if attention and said:
-            draw_attention(model, tok, pixels, ids, said, os.path.expanduser(attention))
+            draw_attention(model, tok, pixels, ids, said, map_path)
     sys.exit(failed)
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ A minimal vision-language model: an image and a question go in, words come out.
                                    | LanguageDecoder: causal; the image comes first, so all text sees it
                              logits (T,V) -> sample_top_p -> the next token, and again
 Shapes: B batch, P pixels per side, N visual tokens, T text tokens, S = N + T the whole sequence, C channels,
-V vocabulary. Inside attention: T queries, S keys, H heads, K key/value heads, D channels per head.
+V vocabulary. Inside attention: T queries (of any kind), S keys, H heads, K key/value heads, D channels each.
 References: ViT arXiv 2010.11929, SigLIP 2303.15343, LLaVA 2304.08485, Flamingo 2204.14198,
 Llama 2302.13971, RoPE 2104.09864, nucleus (top-p) sampling 1904.09751, BPE 1508.07909.
 """
@@ -34,7 +34,7 @@ def check(condition, message):
 # 1. Config --------------------------------------------------------------------------------------------
 def check_choices(cfg):
     for field in fields(cfg):
-        value, allowed = getattr(cfg, field.name), get_args(field.type)  # empty unless a Literal
+        value, allowed = getattr(cfg, field.name), get_args(field.type)  # () unless a Literal
         check(not allowed or value in allowed, f'{field.name}={value} must be one of {allowed}')
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class TransformerConfig:  # one stack of blocks: vision encoder or language deco
     def __post_init__(self):
         check_choices(self)
         C, H, K = self.n_embd, self.n_head, self.n_kv_head or self.n_head
-        multiples = min(C, H, K) > 0 and C % H == 0 and H % K == 0
-        check(multiples, f'n_embd={C} must be a multiple of n_head={H}, which must be one of n_kv_head={K}')
+        divisible = min(C, H, K) > 0 and C % H == 0 and H % K == 0
+        check(divisible, f'n_embd={C} must be a multiple of n_head={H}, n_head of n_kv_head={K}')
         check(0 < self.n_layer < 200, f'n_layer={self.n_layer} must be in 1..199')
         check(0 <= self.dropout < 1, f'dropout={self.dropout} must be in [0, 1)')
 
@@ -65,9 +65,9 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     vision: TransformerConfig = TransformerConfig()
     text: TransformerConfig = TransformerConfig()
     encoder: Literal['vit', 'resnet18', 'resnet50'] = 'vit'
-    stem: Literal['patch', 'conv'] = 'patch'  # ViT only: one strided convolution, or conv_stem
+    stem: Literal['patch', 'conv'] = 'patch'  # ViT only: a single strided convolution, or conv_stem
     image_size: int = 224        # pixels per side
-    patch_size: int = 16         # pixels per side of one cell of the feature grid
+    patch_size: int = 16         # pixels per side of a feature-grid cell
     image_mean: tuple = (0.5, 0.5, 0.5)  # scale to [0, 1], then normalize with these
     image_std: tuple = (0.5, 0.5, 0.5)
     projection: Literal['linear', 'mlp', 'pixel_shuffle', 'perceiver'] = 'mlp'
@@ -78,7 +78,7 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     vocab_size: int = 50257
     block_size: int = 1024       # longest sequence, visual tokens included
     tokenizer: str = 'bpe'       # passed to Tokenizer.make
-    prompt_template: str = ' {}' # {} is the prompt; the space gives its first word its usual token
+    prompt_template: str = ' {}' # {} is the prompt; a leading space, because BPE word tokens include it
     answer_prefix: str = ' '     # between prompt and answer
     caption_prompt: str = ''     # the prompt that asks for a caption
 
@@ -98,9 +98,9 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
         check(self.encoder == 'vit' or self.patch_size == 32, 'a ResNet needs patch_size=32')
         conv = self.encoder == 'vit' and self.stem == 'conv'
         check(not conv or self.patch_size == 8, "stem='conv' needs patch_size=8")
-        P, cell = self.image_size, max(1, self.patch_size * self.factor)
-        check(P >= cell and P % cell == 0, f'image_size={P} must be a positive multiple of {cell}')
-        check(self.block_size >= self.n_visual + 16, f'block_size={self.block_size} leaves no room for text')
+        P, cell = self.image_size, self.patch_size * self.factor
+        check(P >= cell > 0 and P % cell == 0, f'image_size={P} must be a positive multiple of {cell}')
+        check(self.block_size >= self.n_visual + 16, f'block_size={self.block_size}: no room for text')
 
 SIGLIP_B = TransformerConfig(n_layer=12, n_head=12, n_embd=768, activation='gelu_tanh')
 GPT2 = TransformerConfig(n_layer=12, n_head=12, n_embd=768, activation='gelu_tanh', norm_eps=1e-5)
@@ -129,8 +129,8 @@ def rope_angles(cfg, pos):
     """Cosine and sine of each channel pair's rotation angle at positions pos, (S,) or (B,S)."""
     D = cfg.n_embd // cfg.n_head
     pair = torch.arange(0, D, 2, device=pos.device)
-    angle = pos[..., None] * cfg.rope_base ** (-pair / D)  # (...,S,D/2), later pairs turn more slowly
-    return torch.stack([angle.cos(), angle.sin()]).unsqueeze(-3)  # (2,...,1,S,D/2), the 1 is for heads
+    angle = pos[..., None] * cfg.rope_base ** (-pair / D)  # (...,S,D/2), slower in later pairs
+    return torch.stack([angle.cos(), angle.sin()]).unsqueeze(-3)  # (2,...,1,S,D/2) for all heads
 
 def apply_rope(x, rope):
     """Rotary position embedding: rotates the channel pairs (i, i + D/2) of queries or keys x (B,H,T,D), so
@@ -173,10 +173,10 @@ class Attention(nn.Module):
         self.keep_map = False  # True: forward stores its attention map (B,H,T,S) in self.attn_map
 
     def forward(self, x, context=None, mask=None, rope=None, cache=None):
-        """x (B,T,C) is projected to queries, context (B,S,C), by default x, to keys and values. -> (B,T,C)
+        """Queries from x (B,T,C), keys and values from context (B,S,C), by default x -> (B,T,C).
         mask (B,1,T,S), True where a query may attend, replaces the causal mask."""
         context = x if context is None else context
-        heads = (-1, self.head_dim)  # split the channels
+        heads = (-1, self.head_dim)  # unflatten C into (heads, D)
         q = self.q(x).unflatten(-1, heads).transpose(1, 2)  # (B,T,C) -> (B,H,T,D)
         k = self.k(context).unflatten(-1, heads).transpose(1, 2)  # (B,K,S,D)
         v = self.v(context).unflatten(-1, heads).transpose(1, 2)
@@ -192,7 +192,7 @@ class Attention(nn.Module):
         if self.group_size > 1:  # (B,K,S,D) -> (B,H,S,D)
             k = k.repeat_interleave(self.group_size, dim=1)
             v = v.repeat_interleave(self.group_size, dim=1)
-        # PyTorch's fused kernels: the bf16 backward is slow on CPUs; wrong on Apple GPUs before 2.13
+        # avoid PyTorch's fused kernels where bf16 backward is slow or (MPS before 2.13) results are wrong
         slow_on_cpu = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad
         wrong_on_mps = q.is_mps and torch.__version__ < (2, 13)
         if self.keep_map or slow_on_cpu or wrong_on_mps:
@@ -237,7 +237,6 @@ class Transformer(nn.Module):  # blocks and a final norm
         self.blocks = nn.ModuleList([Block(cfg, causal) for _ in range(cfg.n_layer)])
         self.norm = make_norm(cfg)
         self.grad_checkpointing = False  # True: recompute each block in backward, to save memory
-
     def forward(self, x, context=None, mask=None, rope=None, caches=None):
         for i, block in enumerate(self.blocks):
             if self.grad_checkpointing and torch.is_grad_enabled():  # training only: no caches
@@ -248,7 +247,7 @@ class Transformer(nn.Module):  # blocks and a final norm
 
 # 3. Vision encoder ------------------------------------------------------------------------------------
 def conv_stem(C):
-    """(B,3,P,P) -> (B,C,P/8,P/8). Slower than one convolution, but learns shapes from far fewer images."""
+    """(B,3,P,P) -> (B,C,P/8,P/8). Slower than one convolution, but needs far fewer images to learn shapes."""
     def halve(c_in, c_out):
         conv = nn.Conv2d(c_in, c_out, kernel_size=3, padding=1, bias=False)
         return [conv, nn.MaxPool2d(2), nn.BatchNorm2d(c_out), nn.GELU()]
@@ -256,7 +255,7 @@ def conv_stem(C):
     layers += halve(C // 4, C // 4) + halve(C // 4, C // 2)
     return nn.Sequential(*layers, nn.Conv2d(C // 2, C, kernel_size=3, padding=1))
 
-class VisionEncoder(nn.Module):  # ViT: every patch of the grid attends to every other
+class VisionEncoder(nn.Module):  # ViT: every patch attends to all patches
     def __init__(self, cfg):
         super().__init__()
         C, p = cfg.vision.n_embd, cfg.patch_size
@@ -269,7 +268,7 @@ class VisionEncoder(nn.Module):  # ViT: every patch of the grid attends to every
         x = self.stem(images).flatten(2).transpose(1, 2)  # (B,C,grid,grid) -> (B,grid*grid,C)
         return self.transformer(x + self.position)
 
-class ResNetEncoder(nn.Module):  # torchvision's, minus pooling and classifier
+class ResNetEncoder(nn.Module):  # torchvision's, without pooling and classifier
     def __init__(self, cfg, weights=None):
         super().__init__()
         resnet = torchvision.models.get_model(cfg.encoder, weights=weights)
@@ -287,14 +286,14 @@ def pixel_shuffle(x, f):
     return x.reshape(B, g * g, f * f * C)
 
 class MultimodalProjection(nn.Module):
-    # to add one: a branch here, its name in VLMConfig.projection, its number of tokens in n_visual
+    # to add one: a branch here (and in forward), its name in VLMConfig.projection, its tokens in n_visual
     def __init__(self, cfg, n_in):
         super().__init__()
         self.kind, self.factor = cfg.projection, cfg.factor
         n_in, n_hidden, n_out = n_in * cfg.factor**2, cfg.projection_hidden, cfg.text.n_embd
         if self.kind == 'mlp':  # LLaVA 1.5
             self.proj = nn.Sequential(nn.Linear(n_in, n_hidden), nn.GELU(), nn.Linear(n_hidden, n_out))
-        else:  # linear, perceiver, or pixel_shuffle (no bias, as in nanoVLM)
+        else:  # linear; also the first layer of perceiver and pixel_shuffle (no bias, as in nanoVLM)
             self.proj = nn.Linear(n_in, n_out, bias=self.kind != 'pixel_shuffle')
         if self.kind == 'perceiver':  # after Flamingo: learned queries cross-attend to the features
             self.norm = make_norm(cfg.text)
@@ -314,7 +313,7 @@ class MultimodalProjection(nn.Module):
 # 5. Language decoder ----------------------------------------------------------------------------------
 class LanguageDecoder(nn.Module):
     """GPT-2 or Llama, by its config. It takes embeddings, since visual tokens have no ids. input_norm gives
-    them mean 0 and std 1; without it, small models take much longer to learn to use the image."""
+    all of them mean 0 and std 1; without it, small models take much longer to learn to use the image."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg.text
@@ -322,13 +321,12 @@ class LanguageDecoder(nn.Module):
         self.embedding = nn.Embedding(cfg.vocab_size, C)  # its weight is also the output head: tied
         self.input_norm = nn.LayerNorm(C, elementwise_affine=False) if cfg.input_norm else nn.Identity()
         if self.cfg.position == 'learned':
-            std = 0.5 if cfg.input_norm else 0.02  # the inputs have std 1, so 0.02 would be drowned out
+            std = 0.5 if cfg.input_norm else 0.02  # 0.02 is negligible next to inputs of std 1
             self.position = nn.Parameter(std * torch.randn(cfg.block_size, C))
         self.transformer = Transformer(cfg.text, causal=True)
 
     def head(self, h):
         return F.linear(h, self.embedding.weight)  # (...,C) -> (...,V)
-
     def forward(self, x, pos, mask=None, caches=None):
         """x (B,S,C) at the positions pos, (S,) or (B,S) -> hidden states (B,S,C), ready for head."""
         x = self.input_norm(x)
@@ -338,12 +336,12 @@ class LanguageDecoder(nn.Module):
 
 # 6. The whole model -----------------------------------------------------------------------------------
 def packed_mask(positions, n_visual):
-    """The mask for several texts in a row: each sees the image and itself, never the others.
+    """The mask for several texts in a row: each text sees the image and itself only.
     positions (B,T) count from 0 in each text -> mask (B,1,S,S), True where a query may attend."""
-    index = (positions == 0).cumsum(dim=1)  # (B,T): every 0 starts the next text: 1, 2, ...
-    index = F.pad(index, (n_visual, 0))  # (B,S): the image is 0
-    allowed = (index[:, None, :] == 0) | (index[:, None, :] == index[:, :, None])
-    return allowed.tril()[:, None]  # and causal
+    text = (positions == 0).cumsum(dim=1)  # (B,T): which text a token belongs to: 1, 2, ...
+    text = F.pad(text, (n_visual, 0))  # (B,S): 0 is the image
+    allowed = (text[:, None, :] == 0) | (text[:, None, :] == text[:, :, None])
+    return allowed.tril()[:, None]  # also causal
 
 class MinimalVLM(nn.Module):
     def __init__(self, cfg):
@@ -362,7 +360,7 @@ class MinimalVLM(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for stack in self.modules():
-            for block in getattr(stack, 'blocks', []):  # as in GPT-2, smaller for the residual projections
+            for block in getattr(stack, 'blocks', []):  # smaller where the residual stream grows
                 for layer in (block.attn.out, block.mlp.down):
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
         # self-attention only (not the Perceiver): start with q = k, so tokens attend to similar tokens; small
@@ -373,46 +371,46 @@ class MinimalVLM(nn.Module):
                 attn.q.weight.data.copy_(attn.k.weight)
 
     def embed(self, images, ids):
-        """Visual tokens, then text, (B,N+T,C). images: uint8 (B,3,P,P) or (1,3,P,P), for all rows, or None."""
+        """Visual tokens, then text, (B,N+T,C). images: uint8 (B,3,P,P), (1,3,P,P) for all rows, or None."""
         x = self.decoder.embedding(ids)  # (B,T,C)
         if images is not None:
             pixels = images.to(x.dtype) / 255
             pixels = transforms.functional.normalize(pixels, self.cfg.image_mean, self.cfg.image_std)
             visual = self.projection(self.vision(pixels))  # (B,N,C) or (1,N,C)
             x = torch.cat([visual.expand(ids.size(0), -1, -1), x], dim=1)
-        check(0 < x.size(1) <= self.cfg.block_size, f'{x.size(1)} tokens: must be 1..{self.cfg.block_size}')
+        check(0 < x.size(1) <= self.cfg.block_size, 'image and text must have from 1 to block_size tokens')
         return x
 
     def forward(self, images, ids, targets=None, positions=None):
-        """images and ids as for embed. targets (B,T): the token that follows each of ids, -100 if not scored.
+        """images and ids as for embed. targets (B,T): the next token after each id, or -100 where not scored.
         positions (B,T): each token's index within its own text; needed when a row packs several texts.
-        -> logits (B,T,V) and None; with targets, logits (n_scored,V) and the mean loss in nats per token."""
+        Without targets -> logits (B,T,V), None. With -> logits (n_scored,V), mean loss (nats per token)."""
         x = self.embed(images, ids)  # (B,S,C)
         N = x.size(1) - ids.size(1)
-        mask = None
-        pos = torch.arange(x.size(1), device=x.device)
+        pos, mask = torch.arange(x.size(1), device=x.device), None
         if positions is not None:
-            # positions restart after the image for each text
+            # every text starts at position N, right after the image
             pos = torch.cat([pos[:N].expand(ids.size(0), -1), N + positions], dim=1)  # (B,S)
             mask = packed_mask(positions, N)
         h = self.decoder(x, pos, mask)[:, N:]  # (B,T,C)
         if targets is None:
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
-        logits = self.decoder.head(h[is_scored]).float()
+        h = h[is_scored]  # padded to a multiple of 256, since CPU kernels are cached per length
+        logits = self.decoder.head(F.pad(h, (0, 0, 0, -len(h) % 256)))[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
     @torch.no_grad()
     def stream(self, images, ids, max_new_tokens=50, temperature=1.0, top_p=1.0, top_k=0, stop=-1):
         """Yields the next token of every row, (B,1), as soon as it is known. Call eval() first. images as for
-        embed; ids (B,T): prompts of one length. A finished row repeats stop until all rows are finished."""
+        embed; ids (B,T): prompts of equal length. A finished row repeats stop until all rows are finished."""
         x = self.embed(images, ids)
         length = min(x.size(1) + max_new_tokens, self.cfg.block_size)
         caches = [KVCache() for _ in self.decoder.transformer.blocks]
         pos = torch.arange(x.size(1), device=x.device)
-        done = torch.zeros_like(ids[:, :1], dtype=torch.bool)
+        done = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
         for _ in range(length - x.size(1)):
-            h = self.decoder(x, pos, caches=caches)  # first the image and prompt, then one token at a time
+            h = self.decoder(x, pos, caches=caches)  # image and prompt, then one token at a time
             logits = self.decoder.head(h[:, -1])
             token = sample_top_p(logits, top_p, temperature, top_k).masked_fill(done, stop)
             yield token
@@ -422,27 +420,28 @@ class MinimalVLM(nn.Module):
             x = self.decoder.embedding(token)
             pos = pos[-1:] + 1
 
-    def generate(self, images, ids, max_new_tokens=50, **options):  # -> prompts and answers (B,T+new)
+    def generate(self, images, ids, max_new_tokens=50, **options):  # -> with prompts (B,T+new)
         return torch.cat([ids, *self.stream(images, ids, max_new_tokens, **options)], dim=1)
 
     @torch.no_grad()
     def score(self, image, prompt, choices):
-        """Log-probabilities (n,) of n whole answers, ids (L_i,), after an image (3,P,P) and a prompt (T,)."""
+        """Log-probabilities (n,) of n complete answers, ids (L_i,), after image (3,P,P) and prompt (T,)."""
         answers = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-100)  # (n,L)
         ids = torch.cat([prompt.expand(len(choices), -1), answers.clamp(min=0)], dim=1)  # (n,T+L)
-        logits = self(image[None], ids)[0][:, len(prompt) - 1 : -1]  # (n,L,V): they predict the answers
+        logits = self(image[None], ids)[0][:, len(prompt) - 1 : -1]  # (n,L,V), for the answers
         logits = logits.float().transpose(1, 2)  # (n,V,L)
         return -F.cross_entropy(logits, answers, reduction='none').sum(dim=1)  # padding adds 0
 
     @classmethod
     def from_pretrained(cls, names, cfg=None):
-        """Loads public weights. names: one, or 'encoder,decoder'; each a repository, folder, alias or ResNet.
-        Parts not in the files start from scratch. cfg: replaces the published config, for other sizes."""
+        """Loads public weights. names: one, or 'encoder,decoder'; each a repository, a folder, an alias or a
+        ResNet. Parts not in the files start from scratch. cfg overrides the published config."""
         names = names.split(',')
-        published = {key: x for name in names for key, x in read_config(name).items()}  # later names win
+        published = {key: x for name in names for key, x in read_config(name).items()}
         model = cls(cfg or VLMConfig(**published))
         for name in names:
             if name in ('resnet18', 'resnet50'):
+                check(model.cfg.encoder == name, f'{name}: the model has encoder={model.cfg.encoder}')
                 model.vision = ResNetEncoder(model.cfg, weights='DEFAULT')
             else:
                 load_weights(model, fetch(name, 'model.safetensors'))
@@ -452,13 +451,14 @@ class MinimalVLM(nn.Module):
 def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
     """Nucleus sampling: draws from the smallest set of most likely tokens whose total probability reaches p,
     after temperature (0: greedy) and top_k (0: off). logits (B,V) -> token ids (B,1)"""
-    check(temperature >= 0, f'temperature={temperature} must not be negative')
-    check(top_k >= 0 and 0 < p <= 1, f'top_k={top_k} must not be negative, top_p={p} must be in (0, 1]')
+    check(temperature >= 0 and top_k >= 0, f'temperature={temperature} or top_k={top_k} is negative')
+    check(0 < p <= 1, f'top_p={p} must be in (0, 1]')
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    V = logits.size(-1)
-    logits, ids = logits.float().topk(min(top_k or V, V))  # most likely first
-    probs = F.softmax((logits - logits[..., :1]) / temperature, dim=-1)  # the shift prevents an overflow
+    logits, ids = logits.float().sort(dim=-1, descending=True)
+    logits = logits[..., : top_k or None]  # [: None] keeps all
+    logits = (logits - logits[..., :1]) / max(temperature, 1e-30)  # shifted so it cannot overflow
+    probs = F.softmax(logits, dim=-1)
     if p < 1:
         # drop a token if those before it already sum to p, so the crossing token stays
         before = probs.cumsum(dim=-1) - probs
@@ -471,8 +471,8 @@ def read_table(text):
     columns = list(zip(*[line.split() for line in text.strip().splitlines()]))
     return {column[0]: dict(zip(columns[0][1:], column[1:])) for column in columns[1:]}
 
-# What published files call our parameters. #: the block's number; each row covers weight and bias. [0], [1],
-# [2]: that third of the rows of a stacked tensor. .T: stored as (in, out), so transpose. -: absent
+# What published files call our parameters. # = the block's number. A row covers weight and bias. [i] = i-th
+# third of the rows of a stacked tensor. .T = stored as (in, out), so transpose. - = none
 NAMES = {'vision': read_table("""
 ours                SigLIP                                  nanoVLM
 (prefix)            vision_model.                           vision_encoder.
@@ -503,10 +503,10 @@ blocks.#.mlp.gate   -                      layers.#.mlp.gate_proj               
 blocks.#.mlp.down   h.#.mlp.c_proj.T       layers.#.mlp.down_proj               blocks.#.mlp.down_proj
 norm                ln_f                   norm                                 norm
 """)}
-# tensors we have no use for: SigLIP's text half and pooling head, GPT-2's masks, RoPE tables
+# tensors we ignore: SigLIP's text half and pooling head, GPT-2's masks, RoPE tables
 UNUSED = r'text_model\..*|logit_\w+|vision_model\.head\..*|.*\.attn\.(masked_)?bias|.*inv_freq'
 
-# what config.json calls our settings. Keys left at their default may be absent
+# what config.json calls our settings. Missing keys mean the default
 CONFIG_NAMES = read_table("""
 ours            siglip               gpt2                llama                    nanovlm-text  nanovlm-vision
 n_layer         num_hidden_layers    n_layer             num_hidden_layers        lm_n_blocks   vit_n_blocks
@@ -522,24 +522,23 @@ tokenizer       -                    -                   -                      
 image_size      image_size           -                   -                        -             vit_img_size
 patch_size      patch_size           -                   -                        -             vit_patch_size
 """)
-SUPPORTED = {  # values of other keys that we require; anything else is rejected
+SUPPORTED = {  # other keys must have these values, or be absent
     'siglip': dict(hidden_act='gelu_pytorch_tanh'),
     'gpt2': dict(activation_function='gelu_new', scale_attn_by_inverse_layer_idx=False),
     'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False, rope_scaling=None,
                   rope_type='default', tie_word_embeddings=True), 'nanovlm': {}}
-BASES = [  # column of CONFIG_NAMES, field of VLMConfig, defaults
-    ('siglip', 'vision', SIGLIP_B), ('gpt2', 'text', GPT2), ('llama', 'text', LLAMA),
-    ('nanovlm-vision', 'vision', SIGLIP_B), ('nanovlm-text', 'text', LLAMA)]
+BASES = [('siglip', 'vision', SIGLIP_B), ('gpt2', 'text', GPT2), ('llama', 'text', LLAMA),
+         ('nanovlm-vision', 'vision', SIGLIP_B), ('nanovlm-text', 'text', LLAMA)]
 ALIASES = {'siglip-b-16': 'google/siglip-base-patch16-224', 'gpt2': 'openai-community/gpt2',
            'smollm2-135m': 'HuggingFaceTB/SmolLM2-135M', 'nanovlm-222m': 'lusxvr/nanoVLM-222M'}
 
 def fetch(name, file):
-    """The path of a file in a local folder or in a Hugging Face repository, downloaded once, to a cache."""
+    """The path of a file in a local folder, or in a Hugging Face repository: downloaded once and cached."""
     if os.path.isdir(os.path.expanduser(name)):
         return os.path.join(os.path.expanduser(name), file)
     repository = ALIASES.get(name, name)
     known = re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', repository)
-    check(known, f'{name}: neither a folder nor a repository (owner/name) nor one of {list(ALIASES)}')
+    check(known, f'{name} is not a folder, an owner/name repository or one of {list(ALIASES)}')
     url = f'https://huggingface.co/{repository}/resolve/main/{file}'
     path = os.path.join(torch.hub.get_dir(), 'vlm', repository, file)
     if not os.path.exists(path):
@@ -553,35 +552,36 @@ def fetch(name, file):
 def read_json(path):
     try:
         with open(path, encoding='utf-8') as f:
-            return json.load(f)
-    except (OSError, ValueError) as e:
+            data = json.load(f)
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f'{path} cannot be read ({e})') from e
+    check(isinstance(data, dict), f'{path} is not a JSON object')
+    return data
 
 def read_config(name):
-    """The fields of VLMConfig that a published model determines. name: as in from_pretrained."""
+    """The fields of VLMConfig that a published model fixes; name as in from_pretrained."""
     if name in ('resnet18', 'resnet50'):
         return dict(encoder=name, stem='patch', image_size=224, patch_size=32,
                     image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
     path = fetch(name, 'config.json')
     c = read_json(path)
-    kind = c.get('model_type', 'nanovlm').removesuffix('_vision_model')
+    kind = str(c.get('model_type', 'nanovlm')).removesuffix('_vision_model')
     check(kind in SUPPORTED, f'{path}: model_type={kind} must be one of {", ".join(SUPPORTED)}')
-    c |= c.get('vision_config') or c.get('rope_parameters') or {}  # flatten what is nested
+    c |= c.get('vision_config') or c.get('rope_parameters') or {}  # unnest
     for key, value in SUPPORTED[kind].items():
         check(c.get(key, value) == value, f'{path}: {key}={c.get(key)} must be {value}')
     if kind == 'siglip':
         config = dict(encoder='vit', stem='patch', image_size=224, patch_size=16,
                       image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
     elif kind == 'nanovlm':
-        config = vars(PRESETS['nanovlm'])
+        config = vars(PRESETS['nanovlm'])  # its fields, as a dict
     else:
         config = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)
     for column, part, base in BASES:
         if column.startswith(kind):
-            found = {ours: c[key] for ours, key in CONFIG_NAMES[column].items() if c.get(key) is not None}
-            stack = {ours: x for ours, x in found.items() if hasattr(base, ours)}
-            rest = {ours: x for ours, x in found.items() if not hasattr(base, ours)}
-            config = config | {part: replace(base, **stack)} | rest
+            found = {field: c[key] for field, key in CONFIG_NAMES[column].items() if c.get(key) is not None}
+            stack = {field: value for field, value in found.items() if hasattr(base, field)}
+            config = config | {part: replace(base, **stack)} | {k: found[k] for k in found if k not in stack}
     return config
 
 def read_safetensors(path):
@@ -596,6 +596,7 @@ def read_safetensors(path):
         tensors = {}
         for name, entry in entries.items():
             first, end = entry['data_offsets']
+            check(0 <= first <= end <= len(data) - start, f'wrong offsets of {name}')
             raw = torch.frombuffer(data[start + first : start + end], dtype=dtypes[entry['dtype']])
             tensors[name] = raw.view(entry['shape'])
         return tensors
@@ -603,18 +604,20 @@ def read_safetensors(path):
         raise UserError(f'{path} is not a complete .safetensors file ({e!r})') from e
 
 def load_weights(model, path):
-    """Every parameter of a part that the file covers must be filled exactly once, else UserError."""
+    """If the file covers a part, it must fill all of its parameters and leave no tensor over."""
     tensors = {name.removeprefix('transformer.'): x for name, x in read_safetensors(path).items()}
     head = tensors.pop('lm_head.weight', tensors.pop('decoder.head.weight', None))
-    if head is not None and 'decoder.norm.weight' in tensors:  # nanoVLM: tied, under one of two names
+    if head is not None and 'decoder.norm.weight' in tensors:  # nanoVLM's files may hold only the head
         tensors.setdefault('decoder.token_embedding.weight', head)
+    if 'post_layernorm.weight' in tensors:  # transformers 5 leaves out the prefix of a SiglipVisionModel
+        tensors = {f'vision_model.{name}': x for name, x in tensors.items()}
     used = set()
     for part, names in [(part, names) for part in NAMES for names in NAMES[part].values()]:
         prefix = names['(prefix)'].strip('-')
         if prefix + names.get('norm', 'proj') + '.weight' not in tensors:
-            continue  # its last layer identifies the layout
+            continue  # a layout is recognized by its last layer
         for name, parameter in getattr(model, part).named_parameters():
-            number = re.search(r'\b\d+\b|$', name)[0]  # of the block
+            number = re.search(r'\b\d+\b|$', name)[0]  # of the block, '' elsewhere
             row = re.sub(r'\b\d+\b', '#', name.removeprefix('transformer.'))
             layer, _, suffix = row.rpartition('.')  # suffix: weight or bias
             cell = names.get(row) or f'{names.get(layer, "-")}.{suffix}'
@@ -627,13 +630,13 @@ def load_weights(model, path):
                 tensor = tensor.chunk(3)[int(cell[cell.index('[') + 1])]
             if name == 'position':
                 tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)
-            check(tensor.shape == parameter.shape, f'{path}: {theirs} must have shape {list(parameter.shape)}')
+            check(tensor.shape == parameter.shape, f'{path}: {theirs} must be {list(parameter.shape)}')
             parameter.data.copy_(tensor)
             used.add(theirs)
     left = [name for name in tensors if name not in used and not re.fullmatch(UNUSED, name)]
-    check(used and not left, f'{path} has unexpected tensors: {left[:3]}')
+    check(used and not left, f'{path}: no known layout, or unexpected tensors: {left[:3]}')
     tied = head is None or torch.equal(head.float(), model.decoder.embedding.weight)
-    check(tied, f'{path}: its output head differs from its embedding, which is not supported')
+    check(tied, f'{path}: its output head differs from its embedding: not supported')
 
 def fit_positions(x, n, part):
     """Resizes position embeddings to (n,C): interpolated for vision, truncated for the decoder."""
@@ -660,26 +663,24 @@ def load_checkpoint(path, device='cpu'):
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
         cfg = state.pop('config')
-        cfg['vision'] = TransformerConfig(**cfg['vision'])
-        cfg['text'] = TransformerConfig(**cfg['text'])
+        cfg |= {part: TransformerConfig(**cfg[part]) for part in ('vision', 'text')}
         with torch.device('meta'):  # no allocation: the file's tensors become the parameters
             model = MinimalVLM(VLMConfig(**cfg))
         model.load_state_dict(state.pop('model'), assign=True)
         tokenizer = Tokenizer(**state.pop('tokenizer'))
     except Exception as e:  # a damaged or foreign file can fail in any way
-        reason = ' '.join(repr(e).split())[:300]
-        raise UserError(f'{path} is damaged or from another version: {reason}') from e
+        raise UserError(f'{path} is damaged or outdated: {" ".join(repr(e).split())[:300]}') from e
     return model.to(device).eval(), tokenizer, state
 
 # 9. Tokenizers ----------------------------------------------------------------------------------------
 END = '<|endoftext|>'
-# pre-tokenization, before bytes are merged. SmolLM2 splits digits, GPT-2 does not
+# pre-tokenization, before bytes are merged. SmolLM2 splits off every digit, GPT-2 does not
 PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 class Tokenizer:
     """Byte-level BPE: text <-> ids, by tiktoken. tokens: {token: id}, the bytes of a token written as a
-    latin-1 string; of all possible merges, the one with the lowest id goes first."""
+    latin-1 string. At each step, the neighbours whose joined token has the lowest id are merged."""
     def __init__(self, name, tokens, special, pieces=PIECES):
         self.state = dict(name=name, tokens=tokens, special=special, pieces=pieces)
         self.name = name
@@ -692,7 +693,6 @@ class Tokenizer:
 
     def decode(self, ids):
         return ''.join(self.stream(ids))
-
     def stream(self, ids):
         """Text piece by piece, without special tokens; characters are held back until complete."""
         decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
@@ -702,12 +702,14 @@ class Tokenizer:
 
     @classmethod
     def make(cls, name, texts=(), vocab_size=257):
-        """'bytes', 'bpe' (learned from texts), a tokenizer.json, or a folder or repository that has one."""
+        """'bytes', 'bpe' (learned from texts), a tokenizer.json, or a folder or repository with one."""
         if name in ('bytes', 'bpe'):
             tokens = learn_bpe(texts if name == 'bpe' else [], vocab_size - 1)
             return cls(name, tokens, {END: len(tokens)})
         path = name if name.endswith('.json') else fetch(name, 'tokenizer.json')
         data = read_json(path)
+        keys = {*data, *data.get('model', ())}  # of both levels
+        check(keys >= {'vocab', 'merges', 'added_tokens'}, f'{path} is not a byte-level BPE')
         vocab = data['model']['vocab']
         special = {t['content']: t['id'] for t in data['added_tokens']}
         pre = data.get('pre_tokenizer') or {}
@@ -716,10 +718,10 @@ class Tokenizer:
         pieces = {'ByteLevel': GPT2_PIECES, 'Digits ByteLevel': PIECES}.get(kinds)
         usual = dict(add_prefix_space=False, use_regex=True, individual_digits=True)
         odd = [key for step in steps for key in usual if step.get(key, usual[key]) != usual[key]]
-        check(pieces and not odd and not data.get('normalizer'), f"{path}: only GPT-2's or SmolLM2's kind")
+        check(pieces and not odd and not data.get('normalizer'), f'{path}: unsupported pre-tokenizer')
         merges = [m if isinstance(m, str) else ' '.join(m) for m in data['model']['merges']]
         ids = [vocab[m.replace(' ', '')] for m in merges]
-        check(END in special and ids == sorted(ids), f'{path} lacks {END}, or its ids are not in merge order')
+        check(END in special and ids == sorted(ids), f'{path} has no {END}, or ids not in merge order')
         # undo GPT-2's alphabet: printable bytes map to themselves, the rest to chr(256) upwards
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [b for b in range(256) if b not in printable]
@@ -732,8 +734,8 @@ def learn_bpe(texts, vocab_size):
     pattern = r' ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+'  # roughly PIECES
     counts = Counter(piece for text in texts for piece in re.findall(pattern, text))
     words = [([chr(b) for b in piece.encode('utf-8', 'replace')], n) for piece, n in counts.items()]
-    pairs = Counter()  # how often each pair of neighbours occurs in the corpus,
-    where = defaultdict(set)  # and words it may be in
+    pairs = Counter()  # pair -> count in the corpus
+    where = defaultdict(set)  # pair -> indices of words that may contain it
 
     def count(i, sign):
         tokens, n = words[i]
@@ -747,7 +749,7 @@ def learn_bpe(texts, vocab_size):
         best = max(pairs, key=pairs.get)
         if pairs[best] < 2:
             break
-        tokens.setdefault(best[0] + best[1], len(tokens))  # another pair may have produced it already
+        tokens.setdefault(best[0] + best[1], len(tokens))  # may exist, from another pair
         for i in where.pop(best):
             count(i, -1)
             old, n = words[i]
@@ -765,19 +767,21 @@ def learn_bpe(texts, vocab_size):
 def open_image(path, size):
     """A picture file as 8-bit RGB, upright. A JPEG is decoded at reduced size, never below size."""
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter('ignore')  # about large photos; oversized ones still raise
-            image.draft('RGB', (size, size))
-            return to_rgb(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # about large photos (gigantic ones still raise)
+            with Image.open(path) as image:
+                image.draft('RGB', (size, size))
+                return to_rgb(image)
     except Exception as e:  # broken files make Pillow raise almost anything
         raise UserError(f'{path} is not a readable image ({e!r})') from e
 
 def to_rgb(image):
-    """Any Pillow image as 8-bit RGB: EXIF rotation applied, 16 bits scaled, transparency over white."""
+    """Any Pillow image as 8-bit RGB: EXIF rotation applied, 16-bit values scaled, transparency on white."""
     image.load()
     with contextlib.suppress(Exception):  # ignore broken EXIF data
         image = ImageOps.exif_transpose(image)
-    if image.mode[0] in 'IF':  # 16 or 32 bits per pixel: values up to 1, 255 or 65535
+    if image.mode[0] in 'IF':  # the range is guessed from the brightest pixel: 1, 255 or 65535
+        image = image.convert('I' if image.mode[0] == 'I' else 'F')
         high = image.getextrema()[1]
         white = next((maximum for maximum in (1, 255, 65535) if high <= maximum), high)
         image = image.convert('F').point(lambda v: v * (255 / white) + 0).convert('L')
@@ -790,13 +794,12 @@ def image_transform(cfg):  # RGB Pillow image -> uint8 (3,P,P), squashed to a sq
     return transforms.Compose([transforms.Resize(size), transforms.PILToTensor()])
 
 def encode_prompt(tokenizer, cfg, prompt):
-    """Token ids of the templated prompt; an empty one is the end-of-text token, GPT-2's document separator.
-    Prompts longer than half the text room are truncated."""
+    """Token ids of the prompt in its template, cut to half the text room; end-of-text if there is none."""
     prompt = prompt.strip() or cfg.caption_prompt
     if not prompt:
         return [tokenizer.end]
     ids = tokenizer.encode(cfg.prompt_template.replace('{}', prompt))
-    after = tokenizer.encode(cfg.prompt_template.split('{}')[1])  # the end of the template stays
+    after = tokenizer.encode(cfg.prompt_template.split('{}')[1])  # kept when the prompt is cut
     room = (cfg.block_size - cfg.n_visual) // 2
     return ids if len(ids) <= room else ids[: max(0, room - len(after))] + after
 
@@ -805,19 +808,17 @@ def encode_answer(tokenizer, cfg, answer):
 
 def collate(items, cfg, tokenizer, transform):
     """[(image, [(prompt, answer), ...]), ...] -> images (B,3,P,P), ids, targets, positions (B,T). A row is an
-    image with as many of its texts, in order, as fit; positions is None if no row has several."""
+    image with its texts, truncated to the block; positions is None if no row has several."""
     room, rows = cfg.block_size - cfg.n_visual, []
     for _, texts in items:
         row = []  # (id, target, position) of each token
         for prompt, answer in texts:
             prompt = encode_prompt(tokenizer, cfg, prompt)
-            text = (prompt + encode_answer(tokenizer, cfg, answer))[: room + 1]
-            # shift per text: its last token must not predict the next text's first. Only answers are scored
-            targets = [-100] * (len(prompt) - 1) + text[len(prompt) :]
-            if row and len(row) + len(targets) > room:
-                break
+            text = prompt + encode_answer(tokenizer, cfg, answer)
+            # shifted within each text: its last token must not predict the next text's first
+            targets = [-100] * (len(prompt) - 1) + text[len(prompt) :]  # only answers are scored
             row += zip(text[:-1], targets, range(len(targets)))
-        rows.append(row)
+        rows.append(row[:room])
     # multiples of 16: CPU kernels are cached per length. Each padding token is its own text (position 0)
     longest = min(room, math.ceil(max(map(len, rows)) / 16) * 16)
     rows = torch.tensor([row + [(0, -100, 0)] * (longest - len(row)) for row in rows])  # (B,T,3)
@@ -843,8 +844,7 @@ def override(settings, argv=None):
         parser.add_argument(f'--{name}', help=comment.replace('%', '%%'), **options)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
-        given = unknown[0].split('=')[0]
-        close = difflib.get_close_matches(given, [f'--{name}' for name in comments], n=1)
-        parser.error(f'unknown setting {given}' + (f': did you mean {close[0]}?' if close else ''))
+        close = difflib.get_close_matches(unknown[0].split('=')[0], [f'--{name}' for name in comments], n=1)
+        parser.error(f'unknown setting {unknown[0]}' + (f': did you mean {close[0]}?' if close else ''))
     settings.update(vars(values))
     return vars(values)
