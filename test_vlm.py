@@ -157,10 +157,16 @@ def test_a_wrong_setting_of_the_model_is_refused_by_name(name, value):
     ('vision', LLAMA, "position='rope'"),
     ('encoder', 'resnet18', 'patch_size=32'),
     ('encoder', 'resnet50', 'patch_size=32'),
+    ('prompt_template', 'Question:', 'must contain {} once'),
+    ('prompt_template', '{} or {}', 'must contain {} once'),
 ])
 def test_a_setting_that_needs_another_names_it(name, value, needed):
     with pytest.raises(UserError, match=needed):
         replace(CFG, **{name: value})
+
+def test_rotary_positions_need_an_even_head_size():
+    with pytest.raises(UserError, match='n_embd/n_head=3 must be even'):
+        replace(LLAMA, n_embd=12, n_head=4, n_kv_head=4)
 
 def test_the_conv_stem_needs_patches_of_8_pixels():
     with pytest.raises(UserError, match="stem='conv' .*patch_size=8"):
@@ -2477,9 +2483,12 @@ def rate_factors(*steps):
     return pytest.approx([train.rate_factor(step) for step in steps])
 
 def test_the_rate_rises_over_50_steps_and_falls_in_a_straight_line(settings):
+    train.max_iters = 1500
+
     assert rate_factors(0, 25, 50, 775, 1500, 9999) == [1 / 51, 26 / 51, 1, 0.5, 0, 0]
 
 def test_the_rate_falls_to_min_lr(settings):
+    train.max_iters = 1500
     train.min_lr = 0.1
 
     assert rate_factors(0, 50, 775, 1500, 9999) == [1 / 51, 1, 0.55, 0.1, 0.1]

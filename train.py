@@ -45,7 +45,7 @@ dropout = -1.0                   # from 0 to below 1; -1 = the preset's
 optimizer = 'muon'               # 'muon' (hidden matrices; AdamW for the rest) or 'adamw'
 learning_rate = 2.5e-3           # AdamW's
 muon_lr = 0.015                  # Muon's
-max_iters = 1500                 # steps
+max_iters = 1600                 # steps
 weight_decay = 0.4               # for weight matrices only
 grad_clip = 1.0                  # maximum norm of the gradient; 0 = no clipping
 freeze = ''                      # parts to keep fixed, e.g. vision,decoder

@@ -9,7 +9,7 @@ A minimal vision-language model: an image and a question go in, words come out.
                                    | LanguageDecoder: causal; the image comes first, so all text sees it
                              logits (T,V) -> sample_top_p -> the next token, and again
 Shapes: B batch, P pixels per side, N visual tokens, T text tokens, S = N + T the whole sequence, C channels,
-V vocabulary. Inside attention: T queries (of any kind), S keys, H heads, K key/value heads, D channels each.
+V vocabulary. In attention: T queries (not only text), S keys, H heads, K key/value heads, D channels each.
 References: ViT arXiv 2010.11929, SigLIP 2303.15343, LLaVA 2304.08485, Flamingo 2204.14198,
 Llama 2302.13971, RoPE 2104.09864, nucleus (top-p) sampling 1904.09751, BPE 1508.07909.
 """
@@ -57,6 +57,7 @@ class TransformerConfig:  # one stack of blocks: vision encoder or language deco
         C, H, K = self.n_embd, self.n_head, self.n_kv_head or self.n_head
         divisible = min(C, H, K) > 0 and C % H == 0 and H % K == 0
         check(divisible, f'n_embd={C} must be a multiple of n_head={H}, n_head of n_kv_head={K}')
+        check(self.position == 'learned' or C // H % 2 == 0, f'RoPE: n_embd/n_head={C // H} must be even')
         check(0 < self.n_layer < 200, f'n_layer={self.n_layer} must be in 1..199')
         check(0 <= self.dropout < 1, f'dropout={self.dropout} must be in [0, 1)')
 
@@ -100,6 +101,7 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
         check(not conv or self.patch_size == 8, "stem='conv' needs patch_size=8")
         P, cell = self.image_size, self.patch_size * self.factor
         check(P >= cell > 0 and P % cell == 0, f'image_size={P} must be a positive multiple of {cell}')
+        check(self.prompt_template.count('{}') == 1, 'prompt_template must contain {} once')
         check(self.block_size >= self.n_visual + 16, f'block_size={self.block_size}: no room for text')
 
 SIGLIP_B = TransformerConfig(n_layer=12, n_head=12, n_embd=768, activation='gelu_tanh')
@@ -173,7 +175,7 @@ class Attention(nn.Module):
         self.keep_map = False  # True: forward stores its attention map (B,H,T,S) in self.attn_map
 
     def forward(self, x, context=None, mask=None, rope=None, cache=None):
-        """Queries from x (B,T,C), keys and values from context (B,S,C), by default x -> (B,T,C).
+        """Queries from x (B,T,C); keys and values from context (B,S,C), or else from x. -> (B,T,C)
         mask (B,1,T,S), True where a query may attend, replaces the causal mask."""
         context = x if context is None else context
         heads = (-1, self.head_dim)  # unflatten C into (heads, D)
@@ -313,7 +315,7 @@ class MultimodalProjection(nn.Module):
 # 5. Language decoder ----------------------------------------------------------------------------------
 class LanguageDecoder(nn.Module):
     """GPT-2 or Llama, by its config. It takes embeddings, since visual tokens have no ids. input_norm gives
-    all of them mean 0 and std 1; without it, small models take much longer to learn to use the image."""
+    each embedding mean 0 and std 1; without it, small models take longer to learn to use the image."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg.text
@@ -396,7 +398,7 @@ class MinimalVLM(nn.Module):
         if targets is None:
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
-        h = h[is_scored]  # padded to a multiple of 256, since CPU kernels are cached per length
+        h = h[is_scored]  # below padded to a multiple of 256: CPU kernels are cached per length
         logits = self.decoder.head(F.pad(h, (0, 0, 0, -len(h) % 256)))[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
@@ -436,7 +438,7 @@ class MinimalVLM(nn.Module):
     def from_pretrained(cls, names, cfg=None):
         """Loads public weights. names: one, or 'encoder,decoder'; each a repository, a folder, an alias or a
         ResNet. Parts not in the files start from scratch. cfg overrides the published config."""
-        names = names.split(',')
+        names = [name.strip() for name in names.split(',')]
         published = {key: x for name in names for key, x in read_config(name).items()}
         model = cls(cfg or VLMConfig(**published))
         for name in names:
@@ -471,8 +473,8 @@ def read_table(text):
     columns = list(zip(*[line.split() for line in text.strip().splitlines()]))
     return {column[0]: dict(zip(columns[0][1:], column[1:])) for column in columns[1:]}
 
-# What published files call our parameters. # = the block's number. A row covers weight and bias. [i] = i-th
-# third of the rows of a stacked tensor. .T = stored as (in, out), so transpose. - = none
+# What published files call our parameters. # = block number. A row covers weight and bias. .T = the weight is
+# stored as (in, out): transpose it first. [i], from 0 = then take the i-th third of the rows. - = none
 NAMES = {'vision': read_table("""
 ours                SigLIP                                  nanoVLM
 (prefix)            vision_model.                           vision_encoder.
@@ -506,7 +508,7 @@ norm                ln_f                   norm                                 
 # tensors we ignore: SigLIP's text half and pooling head, GPT-2's masks, RoPE tables
 UNUSED = r'text_model\..*|logit_\w+|vision_model\.head\..*|.*\.attn\.(masked_)?bias|.*inv_freq'
 
-# what config.json calls our settings. Missing keys mean the default
+# what config.json calls our settings. A missing key keeps the value in BASES
 CONFIG_NAMES = read_table("""
 ours            siglip               gpt2                llama                    nanovlm-text  nanovlm-vision
 n_layer         num_hidden_layers    n_layer             num_hidden_layers        lm_n_blocks   vit_n_blocks
@@ -522,7 +524,7 @@ tokenizer       -                    -                   -                      
 image_size      image_size           -                   -                        -             vit_img_size
 patch_size      patch_size           -                   -                        -             vit_patch_size
 """)
-SUPPORTED = {  # other keys must have these values, or be absent
+SUPPORTED = {  # further keys that we check: this value, or absent
     'siglip': dict(hidden_act='gelu_pytorch_tanh'),
     'gpt2': dict(activation_function='gelu_new', scale_attn_by_inverse_layer_idx=False),
     'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False, rope_scaling=None,
@@ -567,7 +569,7 @@ def read_config(name):
     c = read_json(path)
     kind = str(c.get('model_type', 'nanovlm')).removesuffix('_vision_model')
     check(kind in SUPPORTED, f'{path}: model_type={kind} must be one of {", ".join(SUPPORTED)}')
-    c |= c.get('vision_config') or c.get('rope_parameters') or {}  # unnest
+    c |= c.get('vision_config') or c.get('rope_parameters') or {}  # nested settings
     for key, value in SUPPORTED[kind].items():
         check(c.get(key, value) == value, f'{path}: {key}={c.get(key)} must be {value}')
     if kind == 'siglip':
@@ -580,8 +582,8 @@ def read_config(name):
     for column, part, base in BASES:
         if column.startswith(kind):
             found = {field: c[key] for field, key in CONFIG_NAMES[column].items() if c.get(key) is not None}
-            stack = {field: value for field, value in found.items() if hasattr(base, field)}
-            config = config | {part: replace(base, **stack)} | {k: found[k] for k in found if k not in stack}
+            stack = {field: found.pop(field) for field in list(found) if hasattr(base, field)}
+            config = config | found | {part: replace(base, **stack)}
     return config
 
 def read_safetensors(path):
@@ -604,22 +606,23 @@ def read_safetensors(path):
         raise UserError(f'{path} is not a complete .safetensors file ({e!r})') from e
 
 def load_weights(model, path):
-    """If the file covers a part, it must fill all of its parameters and leave no tensor over."""
+    """Fills the parts in NAMES that the file covers, each completely, and skips the others."""
     tensors = {name.removeprefix('transformer.'): x for name, x in read_safetensors(path).items()}
-    head = tensors.pop('lm_head.weight', tensors.pop('decoder.head.weight', None))
+    head = tensors.pop('lm_head.weight', None)
+    head = tensors.pop('decoder.head.weight', head)
     if head is not None and 'decoder.norm.weight' in tensors:  # nanoVLM's files may hold only the head
         tensors.setdefault('decoder.token_embedding.weight', head)
     if 'post_layernorm.weight' in tensors:  # transformers 5 leaves out the prefix of a SiglipVisionModel
         tensors = {f'vision_model.{name}': x for name, x in tensors.items()}
     used = set()
-    for part, names in [(part, names) for part in NAMES for names in NAMES[part].values()]:
+    for part, names in [(part, table) for part in NAMES for table in NAMES[part].values()]:
         prefix = names['(prefix)'].strip('-')
         if prefix + names.get('norm', 'proj') + '.weight' not in tensors:
-            continue  # a layout is recognized by its last layer
+            continue  # its last layer is missing, so the file has another layout
         for name, parameter in getattr(model, part).named_parameters():
             number = re.search(r'\b\d+\b|$', name)[0]  # of the block, '' elsewhere
             row = re.sub(r'\b\d+\b', '#', name.removeprefix('transformer.'))
-            layer, _, suffix = row.rpartition('.')  # suffix: weight or bias
+            layer, _, suffix = row.rpartition('.')  # rows of NAMES: layers, or position
             cell = names.get(row) or f'{names.get(layer, "-")}.{suffix}'
             theirs = prefix + re.sub(r'\.T|\[\d\]', '', cell).replace('#', number)
             check(theirs in tensors, f'{path} has no tensor {theirs} for {part}.{name}')
@@ -708,7 +711,7 @@ class Tokenizer:
             return cls(name, tokens, {END: len(tokens)})
         path = name if name.endswith('.json') else fetch(name, 'tokenizer.json')
         data = read_json(path)
-        keys = {*data, *data.get('model', ())}  # of both levels
+        keys = {*data, *data.get('model', ())}  # the file's and its model's
         check(keys >= {'vocab', 'merges', 'added_tokens'}, f'{path} is not a byte-level BPE')
         vocab = data['model']['vocab']
         special = {t['content']: t['id'] for t in data['added_tokens']}
@@ -735,9 +738,8 @@ def learn_bpe(texts, vocab_size):
     counts = Counter(piece for text in texts for piece in re.findall(pattern, text))
     words = [([chr(b) for b in piece.encode('utf-8', 'replace')], n) for piece, n in counts.items()]
     pairs = Counter()  # pair -> count in the corpus
-    where = defaultdict(set)  # pair -> indices of words that may contain it
-
-    def count(i, sign):
+    where = defaultdict(set)  # pair -> indices of words that contain it, or did
+    def count(i, sign):  # adds or removes the pairs of word i
         tokens, n = words[i]
         for pair in zip(tokens, tokens[1:]):
             pairs[pair] += sign * n
@@ -767,11 +769,9 @@ def learn_bpe(texts, vocab_size):
 def open_image(path, size):
     """A picture file as 8-bit RGB, upright. A JPEG is decoded at reduced size, never below size."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # about large photos (gigantic ones still raise)
-            with Image.open(path) as image:
-                image.draft('RGB', (size, size))
-                return to_rgb(image)
+        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # it warns of large photos
+            image.draft('RGB', (size, size))
+            return to_rgb(image)
     except Exception as e:  # broken files make Pillow raise almost anything
         raise UserError(f'{path} is not a readable image ({e!r})') from e
 
@@ -794,7 +794,7 @@ def image_transform(cfg):  # RGB Pillow image -> uint8 (3,P,P), squashed to a sq
     return transforms.Compose([transforms.Resize(size), transforms.PILToTensor()])
 
 def encode_prompt(tokenizer, cfg, prompt):
-    """Token ids of the prompt in its template, cut to half the text room; end-of-text if there is none."""
+    """Token ids of the prompt in its template, cut to half the text room; if empty, end-of-text."""
     prompt = prompt.strip() or cfg.caption_prompt
     if not prompt:
         return [tokenizer.end]
@@ -829,7 +829,7 @@ def collate(items, cfg, tokenizer, transform):
 
 # 11. Command line -------------------------------------------------------------------------------------
 def override(settings, argv=None):
-    """Lets --name=value, --name value and a bare --flag override globals of a runner that are defined as
+    """Lets --name=value, --name value and a bare --flag override globals of a script that are defined as
     `name = default  # comment`; the default sets the type, the comment is the --help text."""
     def true_or_false(text):
         return bool(json.loads(text.lower()))
