@@ -6,7 +6,7 @@ Trains the model of vlm.py on a CPU, a GPU, an Apple chip, or on several GPUs wi
     python train.py --batch_size=32 --out_dir=out-32   every setting below can be changed like this
     python train.py --preset=small --dataset=photos/captions.csv --out_dir=out-photos     your own photos
 """
-import collections, csv, datetime, json, math, os, random, re, signal, sys, textwrap, time
+import atexit, collections, csv, datetime, json, math, os, random, re, signal, sys, textwrap, time
 from dataclasses import replace
 # oneDNN caches a kernel for every shape; its default limit costs gigabytes
 os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '256')
@@ -315,7 +315,10 @@ def load(batches, first, device):
     loader = torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(first, 10**9), num_workers=workers,
         worker_init_fn=ignore_signals, pin_memory=device.type == 'cuda')
-    for batch in loader:
+    iterator = iter(loader)
+    if workers:  # they ignore the signal by which Python ends them at exit
+        atexit.register(iterator._shutdown_workers)
+    for batch in iterator:
         yield [x if x is None else x.to(device, non_blocking=True) for x in batch]
 
 # optimizers -------------------------------------------------------------------------------------------
