@@ -598,11 +598,11 @@ def read_safetensors(path):
         tensors = {}
         for name, entry in entries.items():
             first, end = entry['data_offsets']
-            check(0 <= first <= end <= len(data) - start, f'wrong offsets of {name}')
+            check(0 <= first <= end <= len(data) - start, f'{path} is not a complete .safetensors file')
             raw = torch.frombuffer(data[start + first : start + end], dtype=dtypes[entry['dtype']])
             tensors[name] = raw.view(entry['shape'])
         return tensors
-    except Exception as e:  # a damaged file can fail in any way
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as e:
         raise UserError(f'{path} is not a complete .safetensors file ({e!r})') from e
 
 def load_weights(model, path):
