@@ -187,7 +187,7 @@ class Attention(nn.Module):
         is_causal = self.causal and mask is None
         if cache is not None:
             if cache.k is not None:
-                # a single new token may see every key; is_causal would let it see only the first
+                # a single new token may see every key; is_causal aligns top-left, showing it only the first
                 assert x.size(1) == 1
                 is_causal = False
             k, v = cache.update(k, v)
@@ -295,7 +295,7 @@ class MultimodalProjection(nn.Module):
         n_in, n_hidden, n_out = n_in * cfg.factor**2, cfg.projection_hidden, cfg.text.n_embd
         if self.kind == 'mlp':  # LLaVA 1.5
             self.proj = nn.Sequential(nn.Linear(n_in, n_hidden), nn.GELU(), nn.Linear(n_hidden, n_out))
-        else:  # linear; also the first layer of perceiver and pixel_shuffle (no bias, as in nanoVLM)
+        else:  # linear, pixel_shuffle (no bias, as in nanoVLM), and in front of the perceiver
             self.proj = nn.Linear(n_in, n_out, bias=self.kind != 'pixel_shuffle')
         if self.kind == 'perceiver':  # after Flamingo: learned queries cross-attend to the features
             self.norm = make_norm(cfg.text)
@@ -362,7 +362,7 @@ class MinimalVLM(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for stack in self.modules():
-            for block in getattr(stack, 'blocks', []):  # smaller where the residual stream grows
+            for block in getattr(stack, 'blocks', []):  # smaller in layers that write to the residual stream
                 for layer in (block.attn.out, block.mlp.down):
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
         # self-attention only (not the Perceiver): start with q = k, so tokens attend to similar tokens; small
@@ -398,7 +398,7 @@ class MinimalVLM(nn.Module):
         if targets is None:
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
-        h = h[is_scored]  # below padded to a multiple of 256: CPU kernels are cached per length
+        h = h[is_scored]  # for the head, padded to a multiple of 256: CPU kernels are cached per length
         logits = self.decoder.head(F.pad(h, (0, 0, 0, -len(h) % 256)))[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
@@ -430,7 +430,7 @@ class MinimalVLM(nn.Module):
         """Log-probabilities (n,) of n complete answers, ids (L_i,), after image (3,P,P) and prompt (T,)."""
         answers = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-100)  # (n,L)
         ids = torch.cat([prompt.expand(len(choices), -1), answers.clamp(min=0)], dim=1)  # (n,T+L)
-        logits = self(image[None], ids)[0][:, len(prompt) - 1 : -1]  # (n,L,V), for the answers
+        logits = self(image[None], ids)[0][:, len(prompt) - 1 : -1]  # (n,L,V), predicting the answers
         logits = logits.float().transpose(1, 2)  # (n,V,L)
         return -F.cross_entropy(logits, answers, reduction='none').sum(dim=1)  # padding adds 0
 
@@ -473,8 +473,8 @@ def read_table(text):
     columns = list(zip(*[line.split() for line in text.strip().splitlines()]))
     return {column[0]: dict(zip(columns[0][1:], column[1:])) for column in columns[1:]}
 
-# What published files call our parameters. # = block number. A row covers weight and bias. .T = the weight is
-# stored as (in, out): transpose it first. [i], from 0 = then take the i-th third of the rows. - = none
+# What published files call our parameters. # = block number. A row is a layer's weight and bias. - = none.
+# .T: the weight is stored (in, out); transpose it. [i]: then take the i-th third of its rows (0 q, 1 k, 2 v)
 NAMES = {'vision': read_table("""
 ours                SigLIP                                  nanoVLM
 (prefix)            vision_model.                           vision_encoder.
@@ -508,7 +508,7 @@ norm                ln_f                   norm                                 
 # tensors we ignore: SigLIP's text half and pooling head, GPT-2's masks, RoPE tables
 UNUSED = r'text_model\..*|logit_\w+|vision_model\.head\..*|.*\.attn\.(masked_)?bias|.*inv_freq'
 
-# what config.json calls our settings. A missing key keeps the value in BASES
+# what config.json calls our settings. A missing key keeps the default in BASES or read_config
 CONFIG_NAMES = read_table("""
 ours            siglip               gpt2                llama                    nanovlm-text  nanovlm-vision
 n_layer         num_hidden_layers    n_layer             num_hidden_layers        lm_n_blocks   vit_n_blocks
@@ -569,7 +569,7 @@ def read_config(name):
     c = read_json(path)
     kind = str(c.get('model_type', 'nanovlm')).removesuffix('_vision_model')
     check(kind in SUPPORTED, f'{path}: model_type={kind} must be one of {", ".join(SUPPORTED)}')
-    c |= c.get('vision_config') or c.get('rope_parameters') or {}  # nested settings
+    c |= c.get('vision_config') or c.get('rope_parameters') or {}  # nested: SigLIP's, Llama's RoPE
     for key, value in SUPPORTED[kind].items():
         check(c.get(key, value) == value, f'{path}: {key}={c.get(key)} must be {value}')
     if kind == 'siglip':
@@ -618,11 +618,11 @@ def load_weights(model, path):
     for part, names in [(part, table) for part in NAMES for table in NAMES[part].values()]:
         prefix = names['(prefix)'].strip('-')
         if prefix + names.get('norm', 'proj') + '.weight' not in tensors:
-            continue  # its last layer is missing, so the file has another layout
+            continue  # no last layer by this name: another layout, or a file without this part
         for name, parameter in getattr(model, part).named_parameters():
             number = re.search(r'\b\d+\b|$', name)[0]  # of the block, '' elsewhere
             row = re.sub(r'\b\d+\b', '#', name.removeprefix('transformer.'))
-            layer, _, suffix = row.rpartition('.')  # rows of NAMES: layers, or position
+            layer, _, suffix = row.rpartition('.')  # NAMES lists layers and one whole name: position
             cell = names.get(row) or f'{names.get(layer, "-")}.{suffix}'
             theirs = prefix + re.sub(r'\.T|\[\d\]', '', cell).replace('#', number)
             check(theirs in tensors, f'{path} has no tensor {theirs} for {part}.{name}')
@@ -734,11 +734,11 @@ class Tokenizer:
 
 def learn_bpe(texts, vocab_size):
     """BPE from a corpus: repeatedly turns the most frequent adjacent pair into a token."""
-    pattern = r' ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+'  # roughly PIECES
+    pattern = r' ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+'  # roughly PIECES: re has no \p
     counts = Counter(piece for text in texts for piece in re.findall(pattern, text))
     words = [([chr(b) for b in piece.encode('utf-8', 'replace')], n) for piece, n in counts.items()]
     pairs = Counter()  # pair -> count in the corpus
-    where = defaultdict(set)  # pair -> indices of words that contain it, or did
+    where = defaultdict(set)  # pair -> indices of words that contain it, or once did
     def count(i, sign):  # adds or removes the pairs of word i
         tokens, n = words[i]
         for pair in zip(tokens, tokens[1:]):
@@ -769,7 +769,7 @@ def learn_bpe(texts, vocab_size):
 def open_image(path, size):
     """A picture file as 8-bit RGB, upright. A JPEG is decoded at reduced size, never below size."""
     try:
-        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # it warns of large photos
+        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # large photos warn
             image.draft('RGB', (size, size))
             return to_rgb(image)
     except Exception as e:  # broken files make Pillow raise almost anything
