@@ -119,37 +119,29 @@ def test_a_new_model_is_as_uncertain_as_a_guess(name):
 
     assert loss == pytest.approx(math.log(preset.vocab_size), rel=0.05)
 
-@pytest.mark.parametrize('name, value', [
-    ('norm', 'batch'),
-    ('activation', 'relu'),
-    ('position', 'alibi'),
-    ('n_head', 5),
-    ('n_head', 0),
-    ('n_kv_head', 3),
-    ('n_kv_head', -2),
-    ('n_layer', 0),
-    ('n_layer', 200),
-    ('dropout', -0.1),
-    ('dropout', 1.0),
+@pytest.mark.parametrize('config, name, value', [
+    (VIT, 'norm', 'batch'),
+    (VIT, 'activation', 'relu'),
+    (VIT, 'position', 'alibi'),
+    (VIT, 'n_head', 5),
+    (VIT, 'n_head', 0),
+    (VIT, 'n_kv_head', 3),
+    (VIT, 'n_kv_head', -2),
+    (VIT, 'n_layer', 0),
+    (VIT, 'n_layer', 200),
+    (VIT, 'dropout', -0.1),
+    (VIT, 'dropout', 1.0),
+    (CFG, 'encoder', 'vgg'),
+    (CFG, 'stem', 'Conv'),
+    (CFG, 'projection', 'mpl'),
+    (CFG, 'image_size', 36),
+    (CFG, 'image_size', 40),  # a multiple of patch_size, but with one cell too many for pixel_shuffle
+    (CFG, 'image_size', 0),
+    (CFG, 'block_size', 19),
 ])
-def test_a_wrong_setting_of_a_stack_is_refused_by_name(name, value):
+def test_a_wrong_setting_of_a_stack_or_the_model_is_refused_by_name(config, name, value):
     with pytest.raises(UserError, match=f'{name}={value}') as error:
-        replace(VIT, **{name: value})
-
-    assert_one_line(error)
-
-@pytest.mark.parametrize('name, value', [
-    ('encoder', 'vgg'),
-    ('stem', 'Conv'),
-    ('projection', 'mpl'),
-    ('image_size', 36),
-    ('image_size', 40),  # a multiple of patch_size, but with one cell too many for pixel_shuffle
-    ('image_size', 0),
-    ('block_size', 19),
-])
-def test_a_wrong_setting_of_the_model_is_refused_by_name(name, value):
-    with pytest.raises(UserError, match=f'{name}={value}') as error:
-        replace(CFG, **{name: value})
+        replace(config, **{name: value})
 
     assert_one_line(error)
 
