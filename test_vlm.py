@@ -1246,7 +1246,7 @@ HOSTILE = {
 def test_a_safetensors_file_is_read_as_the_safetensors_package_reads_it(tmp_path):
     st = pytest.importorskip('safetensors.torch')
     path = tmp_path / 'model.safetensors'
-    types = [torch.float32, torch.float16, torch.bfloat16, torch.int64]
+    types = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool]
     tensors = {str(dtype): torch.arange(6).view(2, 3).to(dtype) for dtype in types}
     st.save_file(tensors, path, metadata={'format': 'pt'})
 

@@ -588,7 +588,7 @@ def read_config(name):
 
 def read_safetensors(path):
     """{name: tensor}, memory-mapped. Layout: 8-byte header length, JSON header, data."""
-    dtypes = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64)
+    dtypes = dict(F32=torch.float, F16=torch.half, BF16=torch.bfloat16, I64=torch.long, BOOL=torch.bool)
     try:
         with open(path, 'rb') as f:
             data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY))
