@@ -38,7 +38,7 @@ def find_device(device, dtype):
     """The settings device and dtype, resolved -> torch.device, name of the dtype"""
     found = torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')
     try:
-        where = found if device == 'auto' else torch.device(device)
+        where = torch.device(device.replace('auto', str(found)))
         if where.type == 'cuda':
             torch.cuda.set_device(where.index or int(os.environ.get('LOCAL_RANK', 0)))
         torch.empty(1, device=where)
@@ -134,12 +134,12 @@ def load_model(where):  # of public weights or of a checkpoint
     if not init_from or os.path.isfile(path):
         return load_checkpoint(path, where)[:2]
     model = MinimalVLM.from_pretrained(init_from).to(where)
-    if os.path.exists(f'{path}/tokenizer.json'):
-        return model, Tokenizer.make(path)
-    return model, Tokenizer.make(model.cfg.tokenizer)
+    beside = os.path.exists(f'{path}/tokenizer.json')
+    return model, Tokenizer.make(path if beside else model.cfg.tokenizer)
 
 def main(argv=None):
     override(globals(), argv)
+    check(min(num_samples, max_new_tokens) > 0, 'num_samples and max_new_tokens must be at least 1')
     check(num_samples == 1 or temperature > 0, 'several samples need a temperature above 0')
     where, precision = find_device(device, dtype)
     torch.manual_seed(seed)

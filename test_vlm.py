@@ -3076,7 +3076,8 @@ def test_without_an_image_a_scene_is_drawn_beside_the_checkpoint(folder, talk):
 @pytest.mark.parametrize('arguments, message', [
     ('--out_dir=nowhere', 'python train.py'), ('--init_from=x', 'x'), ('--device=tpu', 'device=tpu'),
     ('--top_p=0 --temperature=1', 'top_p=0.0'), ('--attention=look.jpeg', 'attention'),
-    ('--num_samples=2', 'temperature'), ('--imag=x', '--image')])
+    ('--num_samples=2', 'temperature'), ('--imag=x', '--image'), ('--max_new_tokens=0', 'max_new_tokens'),
+    ('--num_samples=-1 --temperature=1', 'num_samples')])
 def test_mistakes_end_in_one_line(folder, arguments, message):
     command = [sys.executable, HERE / 'sample.py', '--out_dir=.', '--image=a.png', *arguments.split()]
 
