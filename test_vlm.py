@@ -7,6 +7,7 @@ way.
 import csv
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import random
@@ -30,6 +31,7 @@ from vlm import (PRESETS, MinimalVLM, Tokenizer, TransformerConfig, UserError, V
                  encode_answer, encode_prompt, image_transform, load_checkpoint, open_image, sample_top_p,
                  save_checkpoint)
 
+torch.set_num_threads(1)  # quicker for the small models here; the default job below takes all cores
 HERE = pathlib.Path(__file__).resolve().parent
 DATA = HERE / '..' / 'shared' / 'data'
 VIT = TransformerConfig(n_layer=2, n_head=4, n_embd=32)
@@ -2353,6 +2355,18 @@ def test_a_user_error_in_a_worker_arrives_as_one_line(tmp_path, settings, worker
         first_batches(train.Batches(data, TINY, BYTES), 0)
 
     assert str(error.value).split('UserError: ')[-1].startswith('none of the 1 images')
+
+def test_no_worker_is_left_after_an_evaluation(settings):
+    train.num_workers = 1
+    loading = train.load(train.Batches(train.Shapes('val'), TINY, BYTES), 0, torch.device('cpu'))
+    before = multiprocessing.active_children()
+
+    next(loading)
+    during = multiprocessing.active_children()
+    del loading
+
+    assert len(during) == len(before) + 1
+    assert multiprocessing.active_children() == before
 
 def test_a_run_with_workers_ends_after_an_error(tmp_path):
     """Not forever waiting for the workers, which ignore SIGTERM so that they outlive it until the save."""

@@ -309,17 +309,21 @@ def load(batches, first, device):
     """Yields batches first, first + 1, ... endlessly, on the device."""
     workers = num_workers
     if workers < 0:
-        workers = min(8, os.cpu_count())
-        if dataset == 'shapes' and device.type == 'cpu':
-            workers = 0
+        quick = dataset == 'shapes' and device.type == 'cpu'
+        workers = 0 if quick else min(8, os.cpu_count())
     loader = torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(first, 10**9), num_workers=workers,
         worker_init_fn=ignore_signals, pin_memory=device.type == 'cuda')
     iterator = iter(loader)
     if workers:  # they ignore the signal by which Python ends them at exit
         atexit.register(iterator._shutdown_workers)
-    for batch in iterator:
-        yield [x if x is None else x.to(device, non_blocking=True) for x in batch]
+    try:
+        for batch in iterator:
+            yield [x if x is None else x.to(device, non_blocking=True) for x in batch]
+    finally:
+        if workers:
+            iterator._shutdown_workers()
+            atexit.unregister(iterator._shutdown_workers)
 
 # optimizers -------------------------------------------------------------------------------------------
 class Muon(torch.optim.Optimizer):
@@ -355,7 +359,7 @@ def make_optimizers(model):
     """Muon for the matrices inside the model; AdamW for embeddings, positions, the first convolution, norms
     and biases, or for everything. Only matrices have weight decay."""
     parts = ['vision', 'projection', 'decoder']
-    frozen = re.findall(r'[^,]+', freeze)
+    frozen = re.findall(r'\w+', freeze)
     check(set(frozen) < set(parts), f'freeze={freeze}: expected one or two of {", ".join(parts)}')
     scales = dict(re.findall(r'(\w+)=(\d*\.?\d+(?:e-?\d+)?)', lr_scale))
     understood = ','.join(map('='.join, scales.items())) == lr_scale  # nothing was skipped
@@ -459,14 +463,13 @@ def evaluate(model, batches, step, last, device):
     print(f'step {step}: held-out loss {own:.4f}, {gain}, {bits:.4f} bits per character')
     if eval_samples and last and dataset == 'shapes':
         n = 5 * eval_samples
-        novel = Shapes('novel', seed)
         exact_answers(model, tok, choose_items(data, n, 'caption'), 'captions')
-        exact_answers(model, tok, choose_items(novel, n, 'caption'), 'captions with unseen pairs')
+        items = choose_items(Shapes('novel', seed), n, 'caption')
+        exact_answers(model, tok, items, 'captions with unseen pairs')
         share = exact_answers(model, tok, choose_items(data, n, 'question'), 'questions')
     elif eval_samples:
         share = exact_answers(model, tok, choose_items(data, eval_samples), 'held-out items')
-    folder = os.path.expanduser(out_dir)
-    draw_samples(model, tok, choose_items(data, 12), os.path.join(folder, 'samples.png'))
+    draw_samples(model, tok, choose_items(data, 12), os.path.expanduser(f'{out_dir}/samples.png'))
     return own, swapped, share
 
 # the run ----------------------------------------------------------------------------------------------
@@ -598,8 +601,7 @@ def main(argv=None):
             if not halt:
                 with precision:
                     own, swapped, share = evaluate(model, val_batches, step, last, where)
-                seconds = time.time() - began
-                print(f'{step},{seconds:.1f},,{own:.5f},{swapped:.5f},{share:.4f}', file=log)
+                print(f'{step},{time.time() - began:.1f},,{own:.5f},{swapped:.5f},{share:.4f}', file=log)
             since += time.time() - pause
         if last:
             break
@@ -645,9 +647,8 @@ def main(argv=None):
             loss = sum(losses).item() / n
             seconds = (time.time() - since) / n
             images = batch_size * gradient_accumulation_steps / seconds
-            minutes = (max_iters - step) * seconds / 60
             print(f'step {step}/{max_iters}: loss {loss:.4f}, {seconds * 1000:.0f} ms, '
-                  f'{images:.0f} images/s, {minutes:.1f} min left', flush=True)
+                  f'{images:.0f} images/s, {(max_iters - step) * seconds / 60:.1f} min left', flush=True)
             print(f'{step},{time.time() - began:.1f},{loss:.5f},,,', file=log)
             losses = []
             since = time.time()
@@ -655,8 +656,7 @@ def main(argv=None):
         print(f'stopped at step {step}: continue with --init_from=resume')
     else:
         photo = '' if dataset == 'shapes' else f' --image={val_set.folder}/{val_set.names[0]}'
-        seconds = time.time() - began
-        print(f'{step} steps, {seconds:.0f} s. Now: python sample.py --out_dir={out_dir}{photo}')
+        print(f'{step} steps, {time.time() - began:.0f} s. Now: python sample.py --out_dir={out_dir}{photo}')
 
 if __name__ == '__main__':
     try:
