@@ -103,8 +103,8 @@ def draw_attention(model, tok, pixels, ids, said, path):
     bright = TF.to_pil_image(pixels.cpu()).resize((160, 160))
     for i, (tokens, row) in enumerate(words):
         x, y = 170 * (i % 8), 185 * (i // 8)
-        mask = TF.to_pil_image(TF.resize(row / row.max(), [160, 160]).clamp(0, 1))
-        page.paste(Image.composite(bright, bright.point(lambda value: value // 4), mask), (x, y))
+        mask = TF.to_pil_image(TF.resize(0.25 + 0.75 * row / row.max(), [160, 160]).clamp(0, 1))
+        page.paste(Image.composite(bright, Image.new('RGB', bright.size), mask), (x, y))
         ImageDraw.Draw(page).text((x, y + 162), tok.decode(tokens).strip(), 'black', font_size=15)
     page.save(path)
 

@@ -170,7 +170,6 @@ def test_settings_at_the_edge_of_what_is_allowed_are_accepted():
     assert replace(VIT, n_layer=199, dropout=0.99).n_layer == 199
     assert replace(CFG, block_size=4 + 16).block_size == 20  # 4 visual tokens, and 16 of text
     assert replace(CFG, image_size=40, projection='linear').n_visual == 25
-    assert replace(KINDS['resnet'], stem='conv').patch_size == 32  # a ResNet has its own stem
 
 # vlm.py, 2. blocks ------------------------------------------------------------------------------------
 def test_attend_equals_an_example_worked_by_hand():
@@ -415,7 +414,7 @@ def test_patches_enter_row_by_row():
             strip = images[:, :, 8 * row : 8 * row + 8]
             patch = strip[..., 8 * column : 8 * column + 8]
             cell = 4 * row + column
-            alone = encoder.stem(patch).flatten(1) + encoder.position[cell]
+            alone = encoder.stem(patch).flatten(1) + encoder.position_embedding[cell]
             assert_close(features[:, cell], alone)
 
 def test_a_patch_becomes_a_weighted_sum_of_its_pixels():
@@ -517,7 +516,7 @@ def test_what_enters_the_decoder_has_mean_0_and_standard_deviation_1():
 
     x = model.embed(images, ids)  # (3,11,32)
     entered = model.decoder(x, torch.arange(11))
-    entered = entered - model.decoder.position[:11]
+    entered = entered - model.decoder.position_embedding[:11]
 
     assert x[:, :4].std(dim=-1).min() > 1.5
     assert x[:, 4:].std(dim=-1).max() < 0.5
@@ -1084,7 +1083,7 @@ def nanovlm_tensors(model):
     """The tensors of our model by the names that a nanoVLM file has for them: see shared/WEIGHTS.md."""
     vision, decoder = model.vision, model.decoder
     tensors = {
-        'vision_encoder.patch_embedding.position_embedding': vision.position[None],
+        'vision_encoder.patch_embedding.position_embedding': vision.position_embedding[None],
         'vision_encoder.patch_embedding.conv.weight': vision.stem.weight,
         'vision_encoder.patch_embedding.conv.bias': vision.stem.bias,
         'vision_encoder.layer_norm.weight': vision.transformer.norm.weight,
@@ -2459,7 +2458,7 @@ def test_muon_has_the_hidden_matrices_of_the_tiny_preset_and_adamw_the_rest(sett
     hidden += [f'vision.stem.{i}.weight' for i in (2, 6, 10)] + ['projection.proj.weight']
     rest = [f'{block}.norm{i}.weight' for block in BLOCKS for i in (1, 2)]
     rest += [f'vision.stem.{i}.{kind}' for i in (0, 4, 8) for kind in ('weight', 'bias')]
-    rest += ['vision.stem.10.bias', 'vision.position', 'decoder.position', 'decoder.embedding.weight']
+    rest += ['vision.stem.10.bias', 'vision.position_embedding', 'decoder.position_embedding', 'decoder.embedding.weight']
     rest += ['vision.transformer.norm.weight', 'decoder.transformer.norm.weight']
     assert set(names_in(muon, model)) == set(hidden)
     assert set(names_in(adamw, model)) == set(rest)

@@ -21,11 +21,10 @@ import tiktoken, torch, torchvision
 from PIL import Image, ImageOps
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import v2 as transforms
 
-class UserError(Exception):
-    """A bad setting or file; the runners print the message without a traceback."""
+class UserError(Exception):  # a bad setting or file; the runners print it without a traceback
+    pass
 
 def check(condition, message):
     if not condition:
@@ -79,7 +78,7 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     vocab_size: int = 50257
     block_size: int = 1024       # longest sequence, visual tokens included
     tokenizer: str = 'bpe'       # passed to Tokenizer.make
-    prompt_template: str = ' {}' # {} is the prompt; a leading space, because BPE word tokens include it
+    prompt_template: str = ' {}' # {}: the prompt, after a space, as BPE word tokens include it
     answer_prefix: str = ' '     # between prompt and answer
     caption_prompt: str = ''     # the prompt that asks for a caption
 
@@ -97,8 +96,7 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
         check_choices(self)
         check(self.vision.position == 'learned', "position='rope' is for the decoder only")
         check(self.encoder == 'vit' or self.patch_size == 32, 'a ResNet needs patch_size=32')
-        conv = self.encoder == 'vit' and self.stem == 'conv'
-        check(not conv or self.patch_size == 8, "stem='conv' needs patch_size=8")
+        check(self.stem == 'patch' or self.patch_size == 8, "stem='conv' needs patch_size=8")
         P, cell = self.image_size, self.patch_size * self.factor
         check(P >= cell > 0 and P % cell == 0, f'image_size={P} must be a positive multiple of {cell}')
         check(self.prompt_template.count('{}') == 1, 'prompt_template must contain {} once')
@@ -178,10 +176,9 @@ class Attention(nn.Module):
         """Queries from x (B,T,C); keys and values from context (B,S,C), or else from x. -> (B,T,C)
         mask (B,1,T,S), True where a query may attend, replaces the causal mask."""
         context = x if context is None else context
-        heads = (-1, self.head_dim)  # unflatten C into (heads, D)
-        q = self.q(x).unflatten(-1, heads).transpose(1, 2)  # (B,T,C) -> (B,H,T,D)
-        k = self.k(context).unflatten(-1, heads).transpose(1, 2)  # (B,K,S,D)
-        v = self.v(context).unflatten(-1, heads).transpose(1, 2)
+        q = self.q(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B,T,C) -> (B,H,T,D)
+        k = self.k(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B,K,S,D)
+        v = self.v(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         is_causal = self.causal and mask is None
@@ -196,7 +193,7 @@ class Attention(nn.Module):
             v = v.repeat_interleave(self.group_size, dim=1)
         # avoid PyTorch's fused kernels where bf16 backward is slow or (MPS before 2.13) results are wrong
         slow_on_cpu = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad
-        wrong_on_mps = q.is_mps and torch.__version__ < (2, 13)
+        wrong_on_mps = q.is_mps and torch.__version__ < (2, 13)  # a TorchVersion, not a str
         if self.keep_map or slow_on_cpu or wrong_on_mps:
             if is_causal:
                 mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=x.device).tril()
@@ -242,7 +239,7 @@ class Transformer(nn.Module):  # blocks and a final norm
     def forward(self, x, context=None, mask=None, rope=None, caches=None):
         for i, block in enumerate(self.blocks):
             if self.grad_checkpointing and torch.is_grad_enabled():  # training only: no caches
-                x = checkpoint(block, x, context, mask, rope, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(block, x, context, mask, rope, use_reentrant=False)
             else:
                 x = block(x, context, mask, rope, caches[i] if caches else None)
         return self.norm(x)
@@ -263,12 +260,12 @@ class VisionEncoder(nn.Module):  # ViT: every patch attends to all patches
         C, p = cfg.vision.n_embd, cfg.patch_size
         self.n_embd = C
         self.stem = conv_stem(C) if cfg.stem == 'conv' else nn.Conv2d(3, C, kernel_size=p, stride=p)
-        self.position = nn.Parameter(0.02 * torch.randn(cfg.grid**2, C))
+        self.position_embedding = nn.Parameter(0.02 * torch.randn(cfg.grid**2, C))
         self.transformer = Transformer(cfg.vision)
     def forward(self, images):
         """images (B,3,P,P), normalized -> features (B,grid*grid,C), row by row."""
         x = self.stem(images).flatten(2).transpose(1, 2)  # (B,C,grid,grid) -> (B,grid*grid,C)
-        return self.transformer(x + self.position)
+        return self.transformer(x + self.position_embedding)
 
 class ResNetEncoder(nn.Module):  # torchvision's, without pooling and classifier
     def __init__(self, cfg, weights=None):
@@ -324,16 +321,16 @@ class LanguageDecoder(nn.Module):
         self.input_norm = nn.LayerNorm(C, elementwise_affine=False) if cfg.input_norm else nn.Identity()
         if self.cfg.position == 'learned':
             std = 0.5 if cfg.input_norm else 0.02  # 0.02 is negligible next to inputs of std 1
-            self.position = nn.Parameter(std * torch.randn(cfg.block_size, C))
+            self.position_embedding = nn.Parameter(std * torch.randn(cfg.block_size, C))
         self.transformer = Transformer(cfg.text, causal=True)
-
     def head(self, h):
         return F.linear(h, self.embedding.weight)  # (...,C) -> (...,V)
     def forward(self, x, pos, mask=None, caches=None):
         """x (B,S,C) at the positions pos, (S,) or (B,S) -> hidden states (B,S,C), ready for head."""
         x = self.input_norm(x)
         if self.cfg.position == 'learned':
-            return self.transformer(x + self.position[pos], mask=mask, caches=caches)
+            x = x + self.position_embedding[pos]
+            return self.transformer(x, mask=mask, caches=caches)
         return self.transformer(x, mask=mask, rope=rope_angles(self.cfg, pos), caches=caches)
 
 # 6. The whole model -----------------------------------------------------------------------------------
@@ -362,7 +359,7 @@ class MinimalVLM(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for stack in self.modules():
-            for block in getattr(stack, 'blocks', []):  # smaller in layers that write to the residual stream
+            for block in getattr(stack, 'blocks', []):  # smaller where the residual stream is written
                 for layer in (block.attn.out, block.mlp.down):
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
         # self-attention only (not the Perceiver): start with q = k, so tokens attend to similar tokens; small
@@ -389,17 +386,18 @@ class MinimalVLM(nn.Module):
         Without targets -> logits (B,T,V), None. With -> logits (n_scored,V), mean loss (nats per token)."""
         x = self.embed(images, ids)  # (B,S,C)
         N = x.size(1) - ids.size(1)
-        pos, mask = torch.arange(x.size(1), device=x.device), None
-        if positions is not None:
-            # every text starts at position N, right after the image
+        pos = torch.arange(x.size(1), device=x.device)  # positions in the sequence
+        mask = None
+        if positions is not None:  # every text starts at position N, right after the image
             pos = torch.cat([pos[:N].expand(ids.size(0), -1), N + positions], dim=1)  # (B,S)
             mask = packed_mask(positions, N)
         h = self.decoder(x, pos, mask)[:, N:]  # (B,T,C)
         if targets is None:
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
-        h = h[is_scored]  # for the head, padded to a multiple of 256: CPU kernels are cached per length
-        logits = self.decoder.head(F.pad(h, (0, 0, 0, -len(h) % 256)))[: len(h)].float()
+        h = h[is_scored]
+        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # CPU kernels are cached per length
+        logits = self.decoder.head(padded)[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
     @torch.no_grad()
@@ -430,8 +428,8 @@ class MinimalVLM(nn.Module):
         """Log-probabilities (n,) of n complete answers, ids (L_i,), after image (3,P,P) and prompt (T,)."""
         answers = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-100)  # (n,L)
         ids = torch.cat([prompt.expand(len(choices), -1), answers.clamp(min=0)], dim=1)  # (n,T+L)
-        logits = self(image[None], ids)[0][:, len(prompt) - 1 : -1]  # (n,L,V), predicting the answers
-        logits = logits.float().transpose(1, 2)  # (n,V,L)
+        logits, _ = self(image[None], ids)  # (n,T+L,V)
+        logits = logits[:, len(prompt) - 1 : -1].float().transpose(1, 2)  # for the answers, (n,V,L)
         return -F.cross_entropy(logits, answers, reduction='none').sum(dim=1)  # padding adds 0
 
     @classmethod
@@ -473,13 +471,13 @@ def read_table(text):
     columns = list(zip(*[line.split() for line in text.strip().splitlines()]))
     return {column[0]: dict(zip(columns[0][1:], column[1:])) for column in columns[1:]}
 
-# What published files call our parameters. # = block number. A row is a layer's weight and bias. - = none.
+# What published files call our layers (weight and bias) and position_embedding. # = block number, - = none.
 # .T: the weight is stored (in, out); transpose it. [i]: then take the i-th third of its rows (0 q, 1 k, 2 v)
 NAMES = {'vision': read_table("""
 ours                SigLIP                                  nanoVLM
 (prefix)            vision_model.                           vision_encoder.
 stem                embeddings.patch_embedding              patch_embedding.conv
-position            embeddings.position_embedding.weight    patch_embedding.position_embedding
+position_embedding  embeddings.position_embedding.weight    patch_embedding.position_embedding
 blocks.#.norm1      encoder.layers.#.layer_norm1            blocks.#.ln1
 blocks.#.attn.q     encoder.layers.#.self_attn.q_proj       blocks.#.attn.qkv_proj[0]
 blocks.#.attn.k     encoder.layers.#.self_attn.k_proj       blocks.#.attn.qkv_proj[1]
@@ -493,7 +491,7 @@ norm                post_layernorm                          layer_norm
 ours                GPT-2                  Llama                                nanoVLM
 (prefix)            -                      model.                               decoder.
 embedding           wte                    embed_tokens                         token_embedding
-position            wpe.weight             -                                    -
+position_embedding  wpe.weight             -                                    -
 blocks.#.norm1      h.#.ln_1               layers.#.input_layernorm             blocks.#.norm1
 blocks.#.attn.q     h.#.attn.c_attn.T[0]   layers.#.self_attn.q_proj            blocks.#.attn.q_proj
 blocks.#.attn.k     h.#.attn.c_attn.T[1]   layers.#.self_attn.k_proj            blocks.#.attn.k_proj
@@ -531,6 +529,7 @@ SUPPORTED = {  # further keys that we check: this value, or absent
                   rope_type='default', tie_word_embeddings=True), 'nanovlm': {}}
 BASES = [('siglip', 'vision', SIGLIP_B), ('gpt2', 'text', GPT2), ('llama', 'text', LLAMA),
          ('nanovlm-vision', 'vision', SIGLIP_B), ('nanovlm-text', 'text', LLAMA)]
+IMAGE_FIELDS = ('encoder', 'stem', 'image_size', 'patch_size', 'image_mean', 'image_std')
 ALIASES = {'siglip-b-16': 'google/siglip-base-patch16-224', 'gpt2': 'openai-community/gpt2',
            'smollm2-135m': 'HuggingFaceTB/SmolLM2-135M', 'nanovlm-222m': 'lusxvr/nanoVLM-222M'}
 
@@ -562,9 +561,10 @@ def read_json(path):
 
 def read_config(name):
     """The fields of VLMConfig that a published model fixes; name as in from_pretrained."""
+    config = {field: getattr(VLMConfig, field) for field in IMAGE_FIELDS}  # their defaults
     if name in ('resnet18', 'resnet50'):
-        return dict(encoder=name, stem='patch', image_size=224, patch_size=32,
-                    image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+        return config | dict(encoder=name, patch_size=32, image_mean=mean, image_std=std)
     path = fetch(name, 'config.json')
     c = read_json(path)
     kind = str(c.get('model_type', 'nanovlm')).removesuffix('_vision_model')
@@ -572,12 +572,9 @@ def read_config(name):
     c |= c.get('vision_config') or c.get('rope_parameters') or {}  # nested: SigLIP's, Llama's RoPE
     for key, value in SUPPORTED[kind].items():
         check(c.get(key, value) == value, f'{path}: {key}={c.get(key)} must be {value}')
-    if kind == 'siglip':
-        config = dict(encoder='vit', stem='patch', image_size=224, patch_size=16,
-                      image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
-    elif kind == 'nanovlm':
+    if kind == 'nanovlm':
         config = vars(PRESETS['nanovlm'])  # its fields, as a dict
-    else:
+    elif kind != 'siglip':
         config = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)
     for column, part, base in BASES:
         if column.startswith(kind):
@@ -610,9 +607,9 @@ def load_weights(model, path):
     tensors = {name.removeprefix('transformer.'): x for name, x in read_safetensors(path).items()}
     head = tensors.pop('lm_head.weight', None)
     head = tensors.pop('decoder.head.weight', head)
-    if head is not None and 'decoder.norm.weight' in tensors:  # nanoVLM's files may hold only the head
+    if head is not None and 'decoder.norm.weight' in tensors:  # nanoVLM: may be the only copy
         tensors.setdefault('decoder.token_embedding.weight', head)
-    if 'post_layernorm.weight' in tensors:  # transformers 5 leaves out the prefix of a SiglipVisionModel
+    if 'post_layernorm.weight' in tensors:  # transformers 5 omits SigLIP's prefix
         tensors = {f'vision_model.{name}': x for name, x in tensors.items()}
     used = set()
     for part, names in [(part, table) for part in NAMES for table in NAMES[part].values()]:
@@ -622,7 +619,7 @@ def load_weights(model, path):
         for name, parameter in getattr(model, part).named_parameters():
             number = re.search(r'\b\d+\b|$', name)[0]  # of the block, '' elsewhere
             row = re.sub(r'\b\d+\b', '#', name.removeprefix('transformer.'))
-            layer, _, suffix = row.rpartition('.')  # NAMES lists layers and one whole name: position
+            layer, _, suffix = row.rpartition('.')
             cell = names.get(row) or f'{names.get(layer, "-")}.{suffix}'
             theirs = prefix + re.sub(r'\.T|\[\d\]', '', cell).replace('#', number)
             check(theirs in tensors, f'{path} has no tensor {theirs} for {part}.{name}')
@@ -631,7 +628,7 @@ def load_weights(model, path):
                 tensor = tensor.T
             if '[' in cell:
                 tensor = tensor.chunk(3)[int(cell[cell.index('[') + 1])]
-            if name == 'position':
+            if name == 'position_embedding':
                 tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)
             check(tensor.shape == parameter.shape, f'{path}: {theirs} must be {list(parameter.shape)}')
             parameter.data.copy_(tensor)
@@ -781,10 +778,10 @@ def to_rgb(image):
     with contextlib.suppress(Exception):  # ignore broken EXIF data
         image = ImageOps.exif_transpose(image)
     if image.mode[0] in 'IF':  # the range is guessed from the brightest pixel: 1, 255 or 65535
-        image = image.convert('I' if image.mode[0] == 'I' else 'F')
+        image = image.convert('F')
         high = image.getextrema()[1]
         white = next((maximum for maximum in (1, 255, 65535) if high <= maximum), high)
-        image = image.convert('F').point(lambda v: v * (255 / white) + 0).convert('L')
+        image = image.point(lambda v: v * (255 / white) + 0).convert('L')
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
     return image.convert('RGB')
@@ -799,9 +796,11 @@ def encode_prompt(tokenizer, cfg, prompt):
     if not prompt:
         return [tokenizer.end]
     ids = tokenizer.encode(cfg.prompt_template.replace('{}', prompt))
-    after = tokenizer.encode(cfg.prompt_template.split('{}')[1])  # kept when the prompt is cut
     room = (cfg.block_size - cfg.n_visual) // 2
-    return ids if len(ids) <= room else ids[: max(0, room - len(after))] + after
+    if len(ids) > room:
+        after = tokenizer.encode(cfg.prompt_template.split('{}')[1])  # kept: it leads to the answer
+        ids = ids[: max(0, room - len(after))] + after
+    return ids
 
 def encode_answer(tokenizer, cfg, answer):
     return tokenizer.encode(cfg.answer_prefix + answer.strip()) + [tokenizer.end]
@@ -809,7 +808,8 @@ def encode_answer(tokenizer, cfg, answer):
 def collate(items, cfg, tokenizer, transform):
     """[(image, [(prompt, answer), ...]), ...] -> images (B,3,P,P), ids, targets, positions (B,T). A row is an
     image with its texts, truncated to the block; positions is None if no row has several."""
-    room, rows = cfg.block_size - cfg.n_visual, []
+    room = cfg.block_size - cfg.n_visual
+    rows = []
     for _, texts in items:
         row = []  # (id, target, position) of each token
         for prompt, answer in texts:
