@@ -75,7 +75,7 @@ def assert_one_line(error):
 
 # the files --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('name, limit', [
-    ('vlm.py', 850), ('train.py', 666), ('sample.py', 180), ('README.md', 250)])
+    ('vlm.py', 850), ('train.py', 640), ('sample.py', 180), ('README.md', 250)])
 def test_the_files_keep_to_their_length_and_width(name, limit):
     lines = (HERE / name).read_text(encoding='utf-8').splitlines()
 
@@ -170,6 +170,17 @@ def test_settings_at_the_edge_of_what_is_allowed_are_accepted():
     assert replace(VIT, n_layer=199, dropout=0.99).n_layer == 199
     assert replace(CFG, block_size=4 + 16).block_size == 20  # 4 visual tokens, and 16 of text
     assert replace(CFG, image_size=40, projection='linear').n_visual == 25
+
+def test_the_nanovlm_preset_gives_pixels_from_0_to_1_to_the_encoder():
+    """As nanoVLM's image processor does: see shared/WEIGHTS.md."""
+    preset = PRESETS['nanovlm']
+    cfg = replace(CFG, image_mean=preset.image_mean, image_std=preset.image_std)
+    model = build(cfg)
+    images, ids = some_input(cfg)
+
+    x = model.embed(images, ids)
+
+    assert_close(x[:, :4], model.projection(model.vision(images / 255)), 1e-4)
 
 # vlm.py, 2. blocks ------------------------------------------------------------------------------------
 def test_attend_equals_an_example_worked_by_hand():
@@ -399,6 +410,16 @@ def test_gradient_checkpointing_changes_no_gradient_and_keeps_fewer_tensors(kind
     for a, b in zip(plain, checkpointed):
         assert_close(a, b, 1e-6)
     assert kept_by_forward[True] < kept_by_forward[False] / 2
+
+def test_gradient_checkpointing_does_not_change_what_is_generated():
+    model = build(CFG)
+    images, ids = some_input(CFG)
+    plain = model.generate(images, ids, max_new_tokens=8, temperature=0)
+
+    model.decoder.transformer.grad_checkpointing = True
+    out = model.generate(images, ids, max_new_tokens=8, temperature=0)
+
+    assert torch.equal(out, plain)
 
 # vlm.py, 3. vision encoder ----------------------------------------------------------------------------
 def test_patches_enter_row_by_row():
@@ -827,6 +848,19 @@ def test_temperature_top_p_and_top_k_shape_what_is_drawn(options):
         allowed = 4 * (share * (1 - share) / 2000) ** 0.5 + 2 / 2000
         assert counts[token] / 2000 == pytest.approx(share, abs=allowed)
 
+@torch.no_grad()
+def test_scores_of_a_model_in_bfloat16_are_summed_more_precisely_than_that():
+    model = build(CFG).bfloat16()
+    images, ids = some_input(CFG)
+    prompt = ids[0, :3]
+    answer = ids[1]
+
+    score = model.score(images[0], prompt, [answer])[0]
+
+    logits = model(images[:1], torch.cat([prompt, answer])[None])[0][0, 2:-1]
+    logp = logits.double().log_softmax(dim=-1)
+    assert_close(score, logp.gather(1, answer[:, None]).sum(), 1e-3)
+
 # vlm.py, 7. sampling ----------------------------------------------------------------------------------
 def draw(probs, n=4000, **options):
     """How often each token is drawn."""
@@ -924,6 +958,16 @@ def test_wrong_options_of_sampling_are_refused_by_name(name, value):
         sample_top_p(torch.zeros(2, 3), **{name: value})
 
     assert_one_line(error)
+
+def test_top_p_counts_the_tokens_of_a_large_vocabulary_in_bfloat16_too():
+    """Of 4000 equally likely tokens, p = 0.5 needs half."""
+    torch.manual_seed(0)
+    logits = torch.zeros(20_000, 4000, dtype=torch.bfloat16)
+
+    tokens = sample_top_p(logits, p=0.5)
+
+    assert 1950 < len(tokens.unique()) < 2050
+
 # vlm.py, 8. public weights and checkpoints -------------------------------------------------------------
 SIZES = dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32, intermediate_size=96)
 
@@ -1490,6 +1534,87 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert_one_line(error)
     assert load_checkpoint(path)[2] == {'step': 1}
 
+def test_the_masks_in_the_published_file_of_gpt2_are_skipped(tmp_path):
+    """It also lacks the prefix that transformers writes today."""
+    st = pytest.importorskip('safetensors.torch')
+    theirs = write_published('gpt2', tmp_path)
+    file = st.load_file(tmp_path / 'model.safetensors')
+    tensors = {name.removeprefix('transformer.'): x for name, x in file.items()}
+    for i in range(2):
+        tensors[f'h.{i}.attn.bias'] = torch.ones(1, 1, 128, 128).tril()
+        tensors[f'h.{i}.attn.masked_bias'] = torch.tensor(-1e4)
+    st.save_file(tensors, tmp_path / 'model.safetensors')
+    fields = vlm.read_config(str(tmp_path))
+    cfg = replace(CFG, text=fields['text'], vocab_size=300, block_size=128)
+    ids = some_input(CFG)[1]
+
+    model = MinimalVLM.from_pretrained(str(tmp_path), cfg)
+
+    assert_close(model(None, ids)[0], theirs(ids).logits, 5e-6)
+
+def test_a_tilde_before_a_folder_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    write_nanovlm(tmp_path / 'nano')
+
+    model = MinimalVLM.from_pretrained('~/nano')
+
+    assert model.cfg == NANO
+
+def test_a_full_disk_is_a_user_error_of_one_line(tmp_path):
+    """Where PyTorch raises its own error rather than that of the file."""
+    if not os.path.exists('/dev/full'):
+        pytest.skip('needs /dev/full')
+    (tmp_path / 'ckpt.pt.part').symlink_to('/dev/full')
+
+    with pytest.raises(UserError, match='ckpt.pt .*previous file is unchanged') as error:
+        save_checkpoint(str(tmp_path / 'ckpt.pt'), build(CFG), Tokenizer.make('bytes'))
+
+    assert_one_line(error)
+
+def test_spaces_between_the_names_of_public_weights_are_skipped(tmp_path):
+    write_published('siglip', tmp_path / 'vision')
+    write_published('llama', tmp_path / 'text')
+
+    model = MinimalVLM.from_pretrained(f'{tmp_path}/vision, {tmp_path}/text')
+
+    assert model.cfg.vocab_size == 300
+    assert model.cfg.image_size == 64
+
+def test_a_resnet_is_refused_by_a_model_with_another_encoder(monkeypatch):
+    monkeypatch.setattr(vlm, 'ResNetEncoder', lambda cfg, weights: pytest.fail('it would be loaded'))
+
+    with pytest.raises(UserError, match='resnet18: the model has encoder=vit') as error:
+        MinimalVLM.from_pretrained('resnet18', CFG)
+
+    assert_one_line(error)
+
+def test_a_checkpoint_is_whole_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
+    def sync(number):
+        calls.append(('sync', os.fstat(number).st_size))
+        return fsync(number)
+    def rename(old, new):
+        calls.append(('rename', os.path.getsize(old)))
+        return replace_file(old, new)
+    calls = []
+    fsync, replace_file = os.fsync, os.replace
+    monkeypatch.setattr(os, 'fsync', sync)
+    monkeypatch.setattr(os, 'replace', rename)
+
+    save_checkpoint(str(tmp_path / 'ckpt.pt'), build(CFG), Tokenizer.make('bytes'))
+
+    size = (tmp_path / 'ckpt.pt').stat().st_size
+    assert calls == [('sync', size), ('rename', size)]
+
+@pytest.mark.parametrize('alias, repository', [
+    ('siglip-b-16', 'google/siglip-base-patch16-224'),
+    ('gpt2', 'openai-community/gpt2'),
+    ('smollm2-135m', 'HuggingFaceTB/SmolLM2-135M'),
+    ('nanovlm-222m', 'lusxvr/nanoVLM-222M'),
+])
+def test_an_alias_stands_for_a_repository(hub, alias, repository):
+    with pytest.raises(UserError, match=f'https://huggingface.co/{repository}/resolve/main/config.json'):
+        vlm.read_config(alias)
+
 # vlm.py, 9. tokenizers ---------------------------------------------------------------------------------
 CORPUS = ['a small red cat sits on a red mat', 'the cat sat, a mat sat', '12 hats, caf\u00e9 \U0001f600']
 
@@ -1886,6 +2011,24 @@ def test_an_empty_prompt_asks_for_a_caption():
     assert bytes(encode_prompt(BYTES, asking, '')) == b'Q: What is this? A:'
     assert bytes(encode_prompt(BYTES, asking, 'Who?')) == b'Q: Who? A:'
 
+def test_one_row_with_several_texts_gives_positions_to_all_rows():
+    ids, targets, positions = collate_texts([('', 'no')], [('q?', 'yes'), ('', 'no')])
+
+    assert ids[1] == [*b' q? yes', 256, *b' no'] + [0] * 5
+    assert positions.tolist() == [
+        [*range(4)] + [0] * 12,
+        [*range(7), *range(4)] + [0] * 5,
+    ]
+
+def test_white_space_around_a_prompt_is_of_no_account():
+    assert encode_prompt(BYTES, CFG, '  who?\n') == [*b' who?']
+
+def test_values_above_16_bits_are_scaled_by_the_brightest():
+    rgb = vlm.to_rgb(half_and_half('I', 200_000, 100_000))
+
+    assert rgb.getpixel((0, 0)) == (255, 255, 255)
+    assert rgb.getpixel((0, 7))[0] in (127, 128)
+
 # vlm.py, 11. command line ------------------------------------------------------------------------------
 def override(*argv):
     """The settings of train.py after these arguments."""
@@ -2032,7 +2175,7 @@ OUTLINES = {
     'triangle': (1.155, 0.5),
     'diamond': (0.636, 0.5),
     'star': (1.051, 0.342),
-    'cross': (1, 0.511),
+    'cross': (1, 0.462),
 }
 
 def test_captions_tell_the_shape_and_the_size_of_a_thing():
@@ -2233,6 +2376,50 @@ def test_a_data_set_that_is_not_there_is_a_user_error_of_one_line(tmp_path, sett
 
     assert_one_line(error)
 
+def test_val_dataset_is_what_validation_gets(tmp_path, settings):
+    make_photos(tmp_path / 'some/cat', 3)
+    make_photos(tmp_path / 'others/dog', 2)
+    train.dataset = f'{tmp_path}/some'
+    train.val_dataset = f'{tmp_path}/others'
+
+    train_set, val_set = train.make_datasets()
+
+    assert train_set.texts == [[('what is this?', 'cat')]] * 3
+    assert val_set.texts == [[('what is this?', 'dog')]] * 2
+    assert val_set[1][0].getpixel((0, 0)) == (1, 0, 0)
+
+def test_image_dir_is_where_the_images_of_a_caption_file_are(tmp_path, settings):
+    make_photos(tmp_path / 'far/away', 2)
+    (tmp_path / 'a.csv').write_text(CAPTION_FILES['a.csv'])
+    train.image_dir = f'{tmp_path}/far/away'
+
+    items = read_items(tmp_path / 'a.csv')
+
+    assert items == {0: [('', 'one, number 0')], 1: [('', 'one, number 1')]}
+
+def test_a_prompt_may_be_called_question(tmp_path, settings):
+    make_photos(tmp_path, 1)
+    (tmp_path / 'a.csv').write_text('image,question,answer\n0.png,who?,me\n0.png,why?,7\n')
+
+    items = read_items(tmp_path / 'a.csv')
+
+    assert items == {0: [('who?', 'me'), ('why?', '7')]}
+
+def test_images_are_also_found_in_a_folder_called_Images_as_flickr8ks(tmp_path, settings):
+    make_photos(tmp_path / 'Images', 2)
+    (tmp_path / 'a.csv').write_text(CAPTION_FILES['a.csv'])
+
+    items = read_items(tmp_path / 'a.csv')
+
+    assert items == {0: [('', 'one, number 0')], 1: [('', 'one, number 1')]}
+
+def test_the_class_is_the_name_of_the_innermost_folder(tmp_path, settings):
+    make_photos(tmp_path / 'animals/sea_horse', 2)
+
+    items = read_items(tmp_path)
+
+    assert items == {0: [('what is this?', 'sea horse')], 1: [('what is this?', 'sea horse')]}
+
 # train.py, batches ------------------------------------------------------------------------------------
 BYTES = Tokenizer.make('bytes')
 TINY = replace(PRESETS['tiny'], vocab_size=257, tokenizer='bytes')
@@ -2331,7 +2518,7 @@ def test_a_blind_run_sees_black(settings, augment):
     assert pixels.max() == 0
 
 def first_batches(batches, first):
-    return [batch for _, batch in zip(range(4), train.load(batches, first, torch.device('cpu')))]
+    return list(train.load(batches, range(first, first + 4), torch.device('cpu')))
 
 def test_workers_make_the_batches_that_one_process_makes(settings):
     train.batch_size = 3
@@ -2357,12 +2544,12 @@ def test_a_user_error_in_a_worker_arrives_as_one_line(tmp_path, settings, worker
 
 def test_no_worker_is_left_after_an_evaluation(settings):
     train.num_workers = 1
-    loading = train.load(train.Batches(train.Shapes('val'), TINY, BYTES), 0, torch.device('cpu'))
+    loading = train.load(train.Batches(train.Shapes('val'), TINY, BYTES), range(3), torch.device('cpu'))
     before = multiprocessing.active_children()
 
     next(loading)
     during = multiprocessing.active_children()
-    del loading
+    list(loading)
 
     assert len(during) == len(before) + 1
     assert multiprocessing.active_children() == before
@@ -2373,7 +2560,7 @@ def test_a_run_with_workers_ends_after_an_error(tmp_path):
 import torch, train, vlm
 train.num_workers = 1
 batches = train.Batches(train.Shapes('train'), vlm.PRESETS['tiny'], vlm.Tokenizer.make('bytes'))
-loading = train.load(batches, 0, torch.device('cpu'))
+loading = train.load(batches, range(9), torch.device('cpu'))
 next(loading)
 raise SystemExit(3)
 """)
@@ -2383,6 +2570,19 @@ raise SystemExit(3)
                             env={**os.environ, 'PYTHONPATH': here, 'OMP_NUM_THREADS': '1'})
 
     assert result.returncode == 3
+
+def test_batches_keep_their_settings_in_a_spawned_worker_which_has_the_defaults(settings):
+    train.seed = 5
+    train.batch_size = 3
+    train.texts_per_image = 2
+    batches = train.Batches(train.Shapes('train'), TINY, BYTES)
+    expected = batches[0]
+
+    train.seed = 1337
+    train.batch_size = 16
+    train.texts_per_image = 10
+
+    assert_same_batches([batches[0]], [expected])
 
 # train.py, optimizers ---------------------------------------------------------------------------------
 def five_steps(ours, our_optimizers, theirs, their_optimizer):
@@ -2507,36 +2707,30 @@ def rate_factors(*steps):
 def test_the_rate_rises_over_50_steps_and_falls_in_a_straight_line(settings):
     train.max_iters = 1500
 
-    assert rate_factors(0, 25, 50, 775, 1500, 9999) == [1 / 51, 26 / 51, 1, 0.5, 0, 0]
+    assert rate_factors(0, 25, 50, 775, 1500) == [1 / 51, 26 / 51, 1, 0.5, 0]
 
 def test_the_rate_falls_to_min_lr(settings):
     train.max_iters = 1500
     train.min_lr = 0.1
 
-    assert rate_factors(0, 50, 775, 1500, 9999) == [1 / 51, 1, 0.55, 0.1, 0.1]
-
-def test_the_rate_falls_until_lr_decay_iters(settings):
-    train.lr_decay_iters = 1050
-
-    assert rate_factors(50, 550, 1050, 1500) == [1, 0.5, 0, 0]
+    assert rate_factors(0, 50, 775, 1500) == [1 / 51, 1, 0.55, 0.1]
 
 # train.py, evaluation ---------------------------------------------------------------------------------
 @pytest.fixture(scope='module')
 def overfitted():
     """A model that knows two cards by heart, and four items, of which it answers the first two exactly."""
     cards = [Image.new('RGB', (64, 64), color) for color in ('red', 'blue')]
-    items = [(cards[0], '', 'a red card'), (cards[1], 'what is this?', 'it is blue')]
+    items = [(cards[0], [('', 'a red card')]), (cards[1], [('what is this?', 'it is blue')])]
     torch.manual_seed(0)
     model = MinimalVLM(TINY).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    rows = [(image, [(prompt, answer)]) for image, prompt, answer in items]
-    batch = collate(rows, TINY, BYTES, image_transform(TINY))
+    batch = collate(items, TINY, BYTES, image_transform(TINY))
     for _ in range(60):
         loss = model(*batch)[1]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return model, [*items, (cards[0], '', 'a red car'), (cards[1], '', 'a red cards')]
+    return model, [*items, (cards[0], [('', 'a red car')]), (cards[1], [('', 'a red cards')])]
 
 def greedy_answer(model, image, prompt):
     pixels = image_transform(model.cfg)(image)[None]
@@ -2550,7 +2744,7 @@ def test_exact_answers_are_those_that_greedy_generation_gives(settings, overfitt
 
     share = train.exact_answers(model, BYTES, items, 'cards')
 
-    said = [greedy_answer(model, image, prompt) == truth for image, prompt, truth in items]
+    said = [greedy_answer(model, image, prompt) == truth for image, [(prompt, truth)] in items]
     assert said == [True, True, False, False]
     assert share == 0.5
     printed = capfd.readouterr().out
@@ -2579,8 +2773,9 @@ class Cards:
     def __getitem__(self, i):
         return Image.new('RGB', (64, 64), ('red', 'blue')[i]), [self.items[i]]
 
-def test_held_out_losses_are_means_over_tokens_and_bits_over_characters(settings, capfd, monkeypatch):
+def test_held_out_losses_are_means_over_tokens(settings, capfd, monkeypatch):
     train.batch_size = 2
+    train.eval_iters = 1
     train.eval_samples = 0
     monkeypatch.setattr(train, 'draw_samples', do_nothing)
     model = build(TINY)
@@ -2593,7 +2788,6 @@ def test_held_out_losses_are_means_over_tokens_and_bits_over_characters(settings
             loss = model(images, ids, targets)[1].item()
             nats[image, text] = loss * (targets != -100).sum().item()
     tokens = sum(len(encode_answer(BYTES, TINY, answer)) for _, answer in data.items)
-    characters = sum(len(answer) + 1 for _, answer in data.items)  # and the space before it
     batches = train.Batches(data, TINY, BYTES)
 
     own, swapped, share = train.evaluate(model, batches, 7, True, torch.device('cpu'))
@@ -2601,10 +2795,7 @@ def test_held_out_losses_are_means_over_tokens_and_bits_over_characters(settings
     assert own == pytest.approx((nats[0, 0] + nats[1, 1]) / tokens, abs=1e-4)
     assert swapped == pytest.approx((nats[1, 0] + nats[0, 1]) / tokens, abs=1e-4)
     assert math.isnan(share)
-    printed = capfd.readouterr().out
-    assert f'step 7: held-out loss {own:.4f}' in printed
-    bits = float(re.search(r'([\d.]+) bits', printed)[1])
-    assert bits * characters * math.log(2) == pytest.approx(own * tokens, rel=1e-4)
+    assert f'step 7: held-out loss {own:.4f}' in capfd.readouterr().out
 
 def test_held_out_items_are_always_the_same_and_of_the_kind_that_is_asked_for():
     data = train.Shapes('val', 1)
@@ -2613,9 +2804,65 @@ def test_held_out_items_are_always_the_same_and_of_the_kind_that_is_asked_for():
     questions = train.choose_items(data, 20, 'question')
     again = train.choose_items(data, 20, 'question')
 
-    assert [truth for _, _, truth in captions] == [data[i][1][0][1] for i in range(20)]
-    assert all((prompt, truth) in data[i][1][1:] for i, (_, prompt, truth) in enumerate(questions))
-    assert [item[1:] for item in questions] == [item[1:] for item in again]
+    assert [texts for _, texts in captions] == [data[i][1][:1] for i in range(20)]
+    assert all(text in data[i][1][1:] for i, (_, [text]) in enumerate(questions))
+    assert [texts for _, texts in questions] == [texts for _, texts in again]
+
+@pytest.mark.parametrize('n', [1, 2])
+def test_the_held_out_loss_is_a_mean_over_eval_iters_batches(settings, monkeypatch, n):
+    train.batch_size = 5
+    train.eval_iters = n
+    train.eval_samples = 0
+    monkeypatch.setattr(train, 'draw_samples', do_nothing)
+    model = build(TINY)
+    batches = train.Batches(TenImages(), TINY, BYTES)
+    losses = [model(*batches[i])[1].item() for i in range(n)]
+
+    own, _, _ = train.evaluate(model, batches, 7, True, torch.device('cpu'))
+
+    assert own == pytest.approx(sum(losses) / n, abs=1e-5)
+
+def test_a_small_data_set_is_asked_for_one_text_of_each_image():
+    items = train.choose_items(TenImages(n_texts=3), 200)
+
+    truths = [truth for _, [(_, truth)] in items]
+    assert len(items) == 10
+    assert len({truth[:7] for truth in truths}) == 10
+
+@torch.no_grad()
+def test_a_blind_run_answers_before_black_images_too(tmp_path, settings, overfitted, monkeypatch):
+    def looking(model, images, ids):
+        brightest.append(images.max().item())
+        return embed(model, images, ids)
+    brightest = []
+    embed = MinimalVLM.embed
+    monkeypatch.setattr(MinimalVLM, 'embed', looking)
+    model, items = overfitted
+    train.blind = True
+
+    train.exact_answers(model, BYTES, items, 'cards')
+    train.draw_samples(model, BYTES, items[:1], tmp_path / 'samples.png')
+
+    assert brightest == [0, 0]
+
+@torch.no_grad()
+def test_more_exact_answers_than_fit_a_batch_are_all_counted(settings, overfitted):
+    model, items = overfitted
+
+    share = train.exact_answers(model, BYTES, [items[0]] * 100 + [items[2]] * 60, 'cards')
+
+    assert share == 100 / 160
+
+@torch.no_grad()
+def test_samples_show_the_pictures_above_their_answers(tmp_path, settings, overfitted):
+    model, items = overfitted
+
+    train.draw_samples(model, BYTES, items * 3, tmp_path / 'samples.png')
+
+    page = Image.open(tmp_path / 'samples.png')
+    for n in range(12):
+        color = page.getpixel((240 * (n % 4) + 120, 310 * (n // 4) + 120))
+        assert color == ((255, 0, 0), (0, 0, 255))[n % 2]
 
 # train.py, the run ------------------------------------------------------------------------------------
 QUICK = """--device=cpu --dtype=float32 --tokenizer=bytes --batch_size=4 --num_workers=0 --max_iters=2
@@ -2738,13 +2985,14 @@ def test_a_step_whose_gradient_is_not_finite_leaves_no_trace(run, monkeypatch, c
         assert_same_state(a['state'], b['state'])
     assert 'step 1: the gradient is not finite' in capfd.readouterr().out
 
-def test_five_spoiled_steps_in_a_row_end_the_run_and_four_do_not(run, monkeypatch):
-    spoil(monkeypatch, steps=[0, 1, 2, 3, 5, 6, 7, 8])
-    assert run(*QUICK, '--max_iters=9')['step'] == 9
+def test_twenty_spoiled_steps_in_a_row_end_the_run_and_fewer_do_not(run, monkeypatch):
+    options = [*QUICK, *SMALL, '--max_iters=30', '--eval_samples=0']
+    spoil(monkeypatch, steps=[*range(19), *range(20, 30)])
+    assert run(*options)['step'] == 30
 
-    spoil(monkeypatch, steps=range(5))
-    with pytest.raises(UserError, match='5 steps skipped') as error:
-        run(*QUICK, '--max_iters=9', '--overwrite')
+    spoil(monkeypatch, steps=range(20))
+    with pytest.raises(UserError, match='20 steps in a row') as error:
+        run(*options, '--overwrite')
     assert_one_line(error)
 
 def test_training_in_float16_follows_float32(tmp_path, run):
@@ -2781,7 +3029,7 @@ def test_a_frozen_vision_encoder_keeps_its_weights_and_its_statistics(tmp_path, 
 
 def test_six_steps_are_three_and_three_more_bit_for_bit(tmp_path, run):
     make_photos(tmp_path / 'photos/dark', 12)
-    options = '--preset=small --augment --num_workers=1 --gradient_accumulation_steps=2 --lr_decay_iters=6'
+    options = '--preset=small --augment --num_workers=1 --gradient_accumulation_steps=2'
     options = [*QUICK, *options.split(), f'--dataset={tmp_path}/photos']
     whole = run(*options, '--max_iters=6')
     losses = [row['loss'] for row in read_log(tmp_path / 'out') if row['loss']]
@@ -2795,17 +3043,19 @@ def test_six_steps_are_three_and_three_more_bit_for_bit(tmp_path, run):
     assert_same_state(whole['optimizers'], resumed['optimizers'])
     assert losses == [row['loss'] for row in read_log(tmp_path / 'out') if row['loss']]
 
-def test_a_resumed_run_takes_over_settings_and_nothing_else(settings):
+def test_a_resumed_run_takes_over_settings_and_nothing_else(tmp_path, run):
+    state = run(*QUICK, '--max_iters=0')
     no_settings = dict(__file__='evil.py', main='evil', os='evil', COLORS='evil')
-    wrong_types = dict(batch_size='four', learning_rate=1, augment=1)
-    not_kept = dict(out_dir='elsewhere', init_from='resume', overwrite=True, eval_only=True)
+    wrong_types = dict(weight_decay='much', learning_rate=1, augment=1)
+    state['settings'] |= no_settings | wrong_types | dict(out_dir='elsewhere', eval_iters=7)
+    torch.save(state, tmp_path / 'out/ckpt.pt')
     before = dict(vars(train))
 
-    train.take_over(no_settings | wrong_types | not_kept | dict(log_interval=7))
+    run('--init_from=resume', '--max_iters=0')
 
-    changed = {name for name in before if before[name] is not vars(train)[name]}
-    assert changed == {'log_interval'}
-    assert train.log_interval == 7
+    changed = {name for name in before if before[name] != vars(train)[name]}
+    assert changed == {'init_from', 'eval_iters'}
+    assert train.eval_iters == 7
 
 def test_a_checkpoint_is_only_replaced_when_that_is_asked_for(run):
     run(*QUICK)
@@ -2817,8 +3067,10 @@ def test_a_checkpoint_is_only_replaced_when_that_is_asked_for(run):
     assert run('--init_from=resume', '--eval_only')['step'] == 2
     assert run(*QUICK, '--max_iters=1', '--overwrite')['step'] == 1
 
-@pytest.mark.parametrize('option', '--dropout=0.5 --image_size=32 --preset=small --tokenizer=bpe'.split())
-def test_a_resumed_run_keeps_its_model_as_it_was_made(run, option):
+@pytest.mark.parametrize('option', '''--dropout=0.5 --image_size=32 --preset=small --tokenizer=bpe
+    --block_size=64 --projection=mlp --vocab_size=300 --freeze=vision --optimizer=adamw
+    --lr_scale=vision=0.5'''.split())
+def test_a_resumed_run_keeps_its_model_and_its_optimizers(run, option):
     run(*QUICK, '--max_iters=0')
 
     with pytest.raises(UserError, match=option[2:]) as error:
@@ -2900,6 +3152,139 @@ def test_two_processes_end_with_the_loss_of_one(tmp_path, run, capfd):
     losses = [re.findall(r'held-out loss ([\d.]+)', text) for text in (printed, both.stdout)]
     assert len(losses[0]) == len(losses[1]) == 1
     assert float(losses[1][0]) == pytest.approx(float(losses[0][0]), abs=2e-3)
+
+@pytest.mark.parametrize('options', [[], ['--augment']])
+def test_photos_are_decoded_no_smaller_than_the_model_sees_them(tmp_path, run, monkeypatch, options):
+    """When augmented, a crop has at least 0.7 of the area."""
+    def opening(path, size):
+        sizes.append(size)
+        return open_image(path, size)
+    sizes = []
+    monkeypatch.setattr(train, 'open_image', opening)
+    make_photos(tmp_path / 'photos/dark', 12)
+
+    run(*QUICK, f'--dataset={tmp_path}/photos', *options)
+
+    assert min(sizes) >= (64 / 0.7**0.5 if options else 64)
+
+def test_a_resumed_run_takes_its_new_learning_rates(run):
+    before = run(*QUICK)['model']
+
+    after = run('--init_from=resume', '--max_iters=4', '--learning_rate=0', '--muon_lr=0')
+
+    assert after['step'] == 4
+    for name, x in before.items():
+        assert torch.equal(x, after['model'][name]) == ('running' not in name and 'num_' not in name), name
+
+def test_the_dropout_of_a_preset_can_be_turned_off(run):
+    cfg = run(*QUICK, '--preset=small', '--dropout=0', '--max_iters=0')['config']
+
+    assert cfg['text']['dropout'] == cfg['vision']['dropout'] == 0
+
+def test_the_projection_of_a_preset_can_be_changed(run):
+    end = run(*QUICK, '--projection=perceiver', '--max_iters=0')
+
+    assert end['config']['projection'] == 'perceiver'
+    assert 'projection.latents' in end['model']
+
+def test_vocab_size_is_that_of_the_tokenizer_that_is_learned(run):
+    end = run(*QUICK, '--tokenizer=bpe', '--vocab_size=270', '--max_iters=0')
+
+    assert end['config']['vocab_size'] == 270
+    assert len(end['tokenizer']['tokens']) == 269  # and end-of-text
+    assert len(end['model']['decoder.embedding.weight']) == 270
+
+def test_public_weights_keep_their_vocabulary_when_the_tokenizer_is_smaller(tmp_path, run):
+    theirs = write_published('llama', tmp_path / 'text')
+
+    end = run(*QUICK, f'--init_from={tmp_path}/text', '--max_iters=0')
+
+    assert end['config']['vocab_size'] == 300
+    assert torch.equal(end['model']['decoder.embedding.weight'], theirs.lm_head.weight)
+
+def test_the_logged_loss_is_a_mean_over_the_batches_of_a_step(tmp_path, run):
+    run(*QUICK, '--max_iters=1', '--gradient_accumulation_steps=3')
+
+    assert 4 < float(read_log(tmp_path / 'out')[0]['loss']) < 8  # ln 257 = 5.5 is that of a guess
+
+def test_a_run_that_fails_leaves_the_checkpoint_of_its_last_evaluation(tmp_path, run, monkeypatch):
+    spoil(monkeypatch, steps=range(3, 23))
+
+    with pytest.raises(UserError, match='20 steps in a row'):
+        run(*QUICK, '--max_iters=99', '--eval_interval=2')
+
+    assert load_checkpoint(f'{tmp_path}/out/ckpt.pt')[2]['step'] == 22
+
+def test_the_setting_grad_checkpointing_is_for_all_blocks(run, monkeypatch):
+    def recomputing(block, *args, **options):
+        blocks.append(block)
+        return checkpoint(block, *args, **options)
+    blocks = []
+    checkpoint = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, 'checkpoint', recomputing)
+
+    run(*QUICK, '--max_iters=1', '--grad_checkpointing')
+
+    assert len(blocks) == len(set(blocks)) == 1 + 4
+
+def test_unseen_pairs_are_asked_for_where_that_is_said(run, monkeypatch):
+    def noting(model, tok, items, title):
+        truths[title] = [truth for _, [(_, truth)] in items]
+        return 0.0
+    truths = {}
+    monkeypatch.setattr(train, 'exact_answers', noting)
+
+    run(*QUICK, '--max_iters=0', '--eval_samples=8')
+
+    assert {title: len(found) for title, found in truths.items()} == {
+        'captions': 40, 'captions with unseen pairs': 40, 'questions': 40}
+    assert all(re.search(NEVER, truth) for truth in truths['captions with unseen pairs'])
+    assert not re.search(NEVER, str(truths['captions']))
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_run_at_once(run, number):
+    run(*QUICK, '--max_iters=0')
+    handler = signal.getsignal(number)
+
+    handler(number, None)
+
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+def test_a_resumed_run_in_float16_goes_on_with_its_scale(run, monkeypatch):
+    options = [*QUICK, *SMALL, '--dtype=float16']
+    spoil(monkeypatch, steps=[0, 1])
+    before = run(*options)['scaler']
+
+    after = run('--init_from=resume')['scaler']
+
+    assert before['scale'] == 65536 / 4
+    assert after == before
+
+def test_a_finished_run_names_a_picture_to_go_on_with(tmp_path, run, capfd):
+    make_captioned_photos(tmp_path)
+
+    run(*QUICK, f'--dataset={tmp_path}/a.csv', '--max_iters=0')
+
+    command = capfd.readouterr().out.splitlines()[-1]
+    assert f'python sample.py --out_dir={tmp_path}/out ' in command
+    assert os.path.isfile(re.search('--image=(.*)', command)[1])
+
+def test_the_time_left_is_that_of_the_steps_left(run, monkeypatch, capfd):
+    """By a clock that goes on by a minute each time it is read."""
+    class Clock:
+        now = 0
+        def time(self):
+            self.now += 60
+            return self.now
+    monkeypatch.setattr(train, 'time', Clock())
+
+    run(*QUICK, '--max_iters=3')
+
+    printed = capfd.readouterr().out
+    steps = re.findall(r'step (\d)/3: .* (\d+) ms, .* ([\d.]+) min left', printed)
+    assert len(steps) == 3
+    for step, ms, minutes in steps:
+        assert float(minutes) == pytest.approx((3 - int(step)) * int(ms) / 60_000)
 
 # the default job, in short, and what sample.py makes of it --------------------------------------------
 @pytest.fixture(scope='session')
@@ -3099,3 +3484,131 @@ def test_mistakes_end_in_one_line(folder, arguments, message):
     assert done.returncode in (1, 2)
     assert message in done.stderr.splitlines()[-1]
     assert 'Traceback' not in done.stderr
+
+def test_top_k_is_that_of_the_model(folder, talk):
+    _, printed, _ = talk(f'--out_dir={folder}', f'--image={folder}/a.png', '--dtype=float32', '--top_k=1',
+                         '--num_samples=3', '--temperature=1', '--top_p=1', '--max_new_tokens=6')
+
+    assert printed.count('\n- ' + answer_of(folder, 'a.png', '', 6)) == 3
+
+def test_a_seed_gives_the_same_samples_again(folder, talk):
+    def samples(seed):
+        _, printed, _ = talk(f'--out_dir={folder}', f'--image={folder}/a.png', '--num_samples=2',
+                             '--temperature=1', '--top_p=1', '--max_new_tokens=6', f'--seed={seed}')
+        return printed.split('[first token')[0]
+
+    assert samples(1) == samples(1) != samples(2)
+
+def test_pictures_of_a_folder_may_have_endings_in_capitals(folder, monkeypatch):
+    Image.new('RGB', (9, 9)).save(folder / 'IMG_1.JPG')
+    monkeypatch.setattr(sample, 'image', str(folder))
+
+    assert f'{folder}/IMG_1.JPG' in sample.find_pictures()
+
+@pytest.mark.parametrize('pictures, path, words', [
+    ('a.png,b.png', 'look.png', 'one picture at a time'),
+    ('a.png', 'nowhere/look.png', 'nowhere/look.png is not a .png file in an existing folder'),
+])
+def test_attention_that_cannot_be_drawn_is_refused(folder, talk, monkeypatch, pictures, path, words):
+    monkeypatch.chdir(folder)
+
+    with pytest.raises(UserError, match=words) as error:
+        talk('--out_dir=.', f'--image={pictures}', f'--attention={path}', '--max_new_tokens=2')
+
+    assert_one_line(error)
+    assert not (folder / 'look.png').exists()
+
+def test_the_attention_to_a_perceiver_is_not_drawn(folder, talk):
+    cfg = replace(PRESETS['tiny'], vocab_size=257, projection='perceiver')
+    save_checkpoint(str(folder / 'ckpt.pt'), build(cfg), Tokenizer.make('bytes'))
+
+    with pytest.raises(UserError, match='Perceiver') as error:
+        talk(f'--out_dir={folder}', f'--image={folder}/a.png', f'--attention={folder}/look.png',
+             '--max_new_tokens=2')
+
+    assert_one_line(error)
+
+def test_the_name_of_a_picture_may_have_a_comma(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    Image.new('RGB', (9, 9)).save('me, at sea.png')
+    monkeypatch.setattr(sample, 'image', 'me, at sea.png')
+
+    assert sample.find_pictures() == ['me, at sea.png']
+
+def test_init_from_is_another_checkpoint(folder, talk):
+    os.rename(folder / 'ckpt.pt', folder / 'other.pt')
+
+    code, printed, _ = talk(f'--init_from={folder}/other.pt', f'--image={folder}/a.png', '--dtype=float32',
+                            '--max_new_tokens=9')
+
+    os.rename(folder / 'other.pt', folder / 'ckpt.pt')
+    assert code == 0
+    assert answer_of(folder, 'a.png', '', 9) in printed
+
+def test_public_weights_in_a_folder_come_with_its_tokenizer(hub, tmp_path, monkeypatch):
+    write_nanovlm(tmp_path / 'nano')
+    theirs = train_tokenizer(tmp_path / 'nano/tokenizer.json', digits=True)
+    monkeypatch.setattr(sample, 'init_from', f'{tmp_path}/nano')
+
+    model, tok = sample.load_model(torch.device('cpu'))
+
+    assert model.cfg == NANO
+    assert tok.encode('the cat 12') == theirs.encode('the cat 12').ids
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_the_model_computes_in_the_dtype_that_is_asked_for(folder, talk, monkeypatch, dtype):
+    def embed_and_look(model, *inputs):
+        x = embed(model, *inputs)
+        seen.add(x.dtype)
+        return x
+    seen = set()
+    embed = MinimalVLM.embed
+    monkeypatch.setattr(MinimalVLM, 'embed', embed_and_look)
+
+    talk(f'--out_dir={folder}', f'--image={folder}/a.png', f'--dtype={dtype}', '--max_new_tokens=2')
+
+    assert seen == {getattr(torch, dtype)}
+
+def test_a_jpeg_is_seen_as_sharp_as_the_model_can_see(folder, talk, monkeypatch):
+    """A chessboard of 64 x 64 fields, four times as large: at an eighth of its size it would be gray."""
+    def embed_and_look(model, images, ids):
+        seen.append(images.float())
+        return embed(model, images, ids)
+    seen = []
+    embed = MinimalVLM.embed
+    monkeypatch.setattr(MinimalVLM, 'embed', embed_and_look)
+    board = torch.arange(64).view(-1, 1).add(torch.arange(64)).remainder(2).mul(255)
+    image = Image.frombytes('L', (64, 64), bytes(board.flatten().tolist()))
+    image.resize((256, 256), Image.Resampling.NEAREST).save(folder / 'board.jpg', quality=95)
+
+    talk(f'--out_dir={folder}', f'--image={folder}/board.jpg', '--max_new_tokens=1')
+
+    assert_close(seen[0][0], board.expand(3, 64, 64), 40)
+
+def test_the_attention_of_an_empty_answer_is_not_drawn(folder, talk, monkeypatch):
+    monkeypatch.setattr(vlm, 'sample_top_p', lambda *options: torch.tensor([[256]]))  # end-of-text
+
+    code, _, _ = talk(f'--out_dir={folder}', f'--image={folder}/a.png', f'--attention={folder}/look.png')
+
+    assert code == 0
+    assert not (folder / 'look.png').exists()
+
+def test_a_tilde_before_a_picture_is_the_home_folder(folder, monkeypatch):
+    monkeypatch.setenv('HOME', str(folder))
+    monkeypatch.setattr(sample, 'image', '~/a.png, ~/b.png')
+
+    assert sample.find_pictures() == [f'{folder}/a.png', f'{folder}/b.png']
+
+def test_the_speed_counts_the_tokens_of_all_samples(folder, talk, monkeypatch):
+    """By a clock that goes on by a second each time it is read: 3 tokens a second."""
+    class Clock:
+        now = 0
+        def time(self):
+            self.now += 1
+            return self.now
+    monkeypatch.setattr('time.time', Clock().time)
+
+    _, printed, _ = talk(f'--out_dir={folder}', f'--image={folder}/a.png', '--num_samples=3',
+                         '--temperature=1', '--top_p=1', '--max_new_tokens=6', '--seed=1')
+
+    assert 'then 3 tokens/s' in printed

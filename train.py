@@ -6,7 +6,8 @@ Trains the model of vlm.py on a CPU, a GPU, an Apple chip, or on several GPUs wi
     python train.py --batch_size=32 --out_dir=out-32   every setting below can be changed like this
     python train.py --preset=small --dataset=photos/captions.csv --out_dir=out-photos     your own photos
 """
-import atexit, collections, csv, datetime, json, math, os, random, re, signal, sys, textwrap, time
+import atexit, csv, datetime, itertools, json, math, os, random, re, signal, sys, textwrap, time
+from collections import Counter, defaultdict, namedtuple
 from dataclasses import replace
 # oneDNN caches a kernel for every shape; its default limit costs gigabytes
 os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '256')
@@ -14,8 +15,8 @@ import torch, torch.distributed as dist
 from PIL import Image, ImageDraw
 from torchvision.transforms import v2 as transforms
 from sample import find_device, is_picture
-from vlm import (PRESETS, MinimalVLM, Tokenizer, UserError, VLMConfig, check, collate, encode_prompt,
-                 image_transform, load_checkpoint, open_image, override, read_config, save_checkpoint)
+from vlm import PRESETS, MinimalVLM, Tokenizer, UserError, VLMConfig, check, collate, encode_prompt
+from vlm import image_transform, load_checkpoint, open_image, override, read_config, save_checkpoint
 
 # settings ---------------------------------------------------------------------------------------------
 out_dir = 'out'                  # folder for ckpt.pt, log.csv and samples.png
@@ -51,8 +52,7 @@ grad_clip = 1.0                  # maximum norm of the gradient; 0 = no clipping
 freeze = ''                      # parts to keep fixed, e.g. vision,decoder
 lr_scale = ''                    # learning rate factors, e.g. vision=0.1,decoder=0.1
 warmup_iters = 50                # linear warmup steps
-lr_decay_iters = 0               # step at which the rate reaches min_lr; 0 = max_iters
-min_lr = 0.0                     # final rate, as a fraction of the peak
+min_lr = 0.0                     # final rate at max_iters, as a fraction of the peak
 device = 'auto'                  # 'auto', 'cpu', 'mps', 'cuda', 'cuda:1', ...
 dtype = 'auto'                   # 'auto', 'float32', 'bfloat16' or 'float16' (with a gradient scaler)
 grad_checkpointing = False       # recompute activations in backward: less memory, slower
@@ -64,19 +64,20 @@ COLORS = {'red': (225, 40, 40), 'green': (40, 170, 70), 'blue': (40, 80, 225), '
           'orange': (245, 135, 25), 'purple': (145, 55, 190), 'cyan': (60, 205, 225), 'black': (35, 35, 35)}
 
 def ring(n, turn, *radii):
-    """n corners (angle clockwise from the top, distance from the center); radii are used in rotation."""
-    return [(math.radians(turn + 360 * i / n), radii[i % len(radii)]) for i in range(n)]
+    """n corners (x, y) around the center, clockwise from angle turn, 0 = up; radii are used in rotation."""
+    angles = [math.radians(turn + 360 * i / n) for i in range(n)]
+    return [(r * math.sin(angle), -r * math.cos(angle)) for r, angle in zip(itertools.cycle(radii), angles)]
 
 SHAPES = {'circle': ring(36, 0, 1), 'square': ring(4, 45, 1.25), 'triangle': ring(3, 0, 1),
           'diamond': ring(4, 0, 1.1, 0.7), 'star': ring(10, 0, 1.05, 0.42),
-          'cross': sorted(ring(4, -17, 1.05) + ring(4, 17, 1.05) + ring(4, 45, 0.42))}
+          'cross': ring(12, -15, 1.05, 1.05, 0.38)}
 SIZES = {'small': (0.105, 0.12), 'large': (0.16, 0.18)}  # radius, in picture widths
 PLACES = ('at the top left, at the top, at the top right, on the left, in the center, on the right, '
           'at the bottom left, at the bottom, at the bottom right').split(', ')
 NUMBERS = ['zero', 'one', 'two', 'three']
 PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
 UNSEEN = list(zip(COLORS, SHAPES))  # six pairs, a red circle and so on, that training never shows
-Thing = collections.namedtuple('Thing', 'color shape size place x y r')  # x, y, r in picture widths
+Thing = namedtuple('Thing', 'color shape size place x y r')  # x, y, r in picture widths
 
 class Shapes:
     """Scenes of one to three things, with a caption and questions. Scene i depends only on seed, split and i.
@@ -106,21 +107,17 @@ class Shapes:
                 x = 0.21 + 0.29 * (place % 3) + rng.uniform(-0.04, 0.04)
                 y = 0.21 + 0.29 * (place // 3) + rng.uniform(-0.04, 0.04)
                 scene.append(Thing(color, shape, size, place, x, y, rng.uniform(*SIZES[size])))
-            pairs = [(t, u) for t in scene for u in scene if t is not u]
-            if all(math.hypot(t.x - u.x, t.y - u.y) > t.r + u.r + 0.01 for t, u in pairs):
+            both = itertools.combinations(scene, 2)
+            if all(math.hypot(t.x - u.x, t.y - u.y) > t.r + u.r + 0.01 for t, u in both):
                 return scene
 
     def draw(self, scene, rng):
         P = self.pixels
         image = Image.new('RGB', (P, P), tuple(rng.randint(225, 255) for _ in range(3)))
         for t in scene:
-            shade = [min(255, max(0, value + rng.randint(-30, 30))) for value in COLORS[t.color]]
-            corners = []
-            for angle, distance in SHAPES[t.shape]:
-                x = t.x + t.r * distance * math.sin(angle)
-                y = t.y - t.r * distance * math.cos(angle)
-                corners.append((P * x, P * y))
-            ImageDraw.Draw(image).polygon(corners, tuple(shade))
+            shade = tuple(min(255, max(0, value + rng.randint(-30, 30))) for value in COLORS[t.color])
+            corners = [(P * (t.x + t.r * x), P * (t.y + t.r * y)) for x, y in SHAPES[t.shape]]
+            ImageDraw.Draw(image).polygon(corners, shade)
         return image
 
 def caption(scene):
@@ -129,12 +126,9 @@ def caption(scene):
 
 # each of these takes a scene and returns (question, answer), or None if it does not apply
 def ask_count(scene, rng, pairs):
-    t = rng.choice(scene)
-    traits = [trait for u in scene for trait in (u.color, u.shape)]
-    twice = [trait for trait in traits if traits.count(trait) > 1]
-    trait = rng.choice(['', t.color, t.shape, rng.choice(list(COLORS)), rng.choice(list(SHAPES))])
-    if twice and rng.random() < 0.4:
-        trait = rng.choice(twice)
+    traits = [trait for t in scene for trait in (t.color, t.shape)]
+    most_common = max(traits, key=traits.count)
+    trait = rng.choice(['', most_common, rng.choice(traits), rng.choice([*COLORS, *SHAPES])])
     if trait == '':
         return 'how many objects are there?', NUMBERS[len(scene)]
     kind = 'color' if trait in COLORS else 'shape'
@@ -142,17 +136,11 @@ def ask_count(scene, rng, pairs):
 
 def ask_color(scene, rng, pairs):
     t = rng.choice(scene)
+    others = [u.color for u in scene] + rng.sample(list(COLORS), 8)  # harder: first those in the picture
+    wrong = [color for color in dict.fromkeys(others) if color != t.color]
+    options = ': {}, {} or {}'.format(*rng.sample([t.color, *wrong[:2]], 3))
     if [u.shape for u in scene].count(t.shape) == 1:
-        return f'what color is the {t.shape}?', t.color
-
-def ask_color_choice(scene, rng, pairs):
-    t = rng.choice(scene)
-    if [u.shape for u in scene].count(t.shape) == 1:
-        here = [u.color for u in scene]
-        wrong = rng.sample([color for color in COLORS if color != t.color], 7)
-        wrong.sort(key=lambda color: color not in here)  # harder: those in the picture first
-        options = rng.sample([t.color, *wrong[:2]], 3)
-        return 'what color is the {}: {}, {} or {}?'.format(t.shape, *options), t.color
+        return f'what color is the {t.shape}{rng.choice(["", "", options])}?', t.color
 
 def ask_shape(scene, rng, pairs):
     t = rng.choice(scene)
@@ -172,7 +160,7 @@ def ask_side(scene, rng, pairs):
         t, u = rng.choice(apart)
         return f'is the {t.shape} left or right of the {u.shape}?', 'left' if t.x < u.x else 'right'
 
-QUESTIONS = 3 * [ask_side] + 2 * [ask_existence, ask_shape, ask_color] + [ask_count, ask_color_choice]
+QUESTIONS = 3 * [ask_side, ask_color] + 2 * [ask_existence, ask_shape] + [ask_count]
 
 # photos with captions ---------------------------------------------------------------------------------
 def read_captions(path):
@@ -186,7 +174,7 @@ def read_captions(path):
     try:
         with open(path, encoding='utf-8-sig', newline='') as f:
             if path.endswith('.jsonl'):
-                rows = [json.loads(line) for line in f if line.strip()]
+                rows = [dict(json.loads(line)) for line in f if line.strip()]
             elif path.endswith('.json'):
                 rows = flatten_json(json.load(f))
             else:
@@ -194,7 +182,6 @@ def read_captions(path):
     except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as e:
         raise UserError(f'dataset={path}: not shapes, a folder or a caption file ({e!r})') from e
     for n, row in enumerate(rows, 1):
-        check(isinstance(row, dict), f'{path}, row {n} is not an object')
         prompt = row.get('prompt', row.get('question'))
         answer = row.get('caption', row.get('answer'))
         complete = isinstance(row.get('image'), str) and answer not in (None, '') and None not in row
@@ -223,12 +210,10 @@ class CaptionedImages:
         self.folder, self.n_images, self.unreadable = folder, len(texts), set()
 
     def __getitem__(self, i):
-        for n in range(self.n_images):
-            j = (i + n) % self.n_images
+        for j in itertools.chain(range(i, self.n_images), range(i)):
             if j not in self.unreadable:
                 try:
-                    path = os.path.join(self.folder, self.names[j])
-                    return open_image(path, self.size), self.texts[j]
+                    return open_image(f'{self.folder}/{self.names[j]}', self.size), self.texts[j]
                 except UserError as e:
                     self.unreadable.add(j)
                     print(f'skipped: {e}', file=sys.stderr)
@@ -237,12 +222,11 @@ class CaptionedImages:
 def find_images(path):
     """Returns {image name: [(prompt, answer), ...]} for the images that exist, and their folder."""
     path = os.path.expanduser(path)
-    texts = collections.defaultdict(list)
+    texts = defaultdict(list)
     for image, prompt, answer in read_captions(path):
         texts[image].append((prompt, answer))
-    folder = os.path.expanduser(image_dir) or path
-    if os.path.isfile(folder):
-        folder = os.path.dirname(folder) or '.'
+    beside = path if os.path.isdir(path) else os.path.dirname(path)
+    folder = os.path.expanduser(image_dir) or beside or '.'
     for place in (folder, f'{folder}/images', f'{folder}/Images'):
         found = {name: texts[name] for name in texts if os.path.isfile(os.path.join(place, name))}
         if found:
@@ -281,9 +265,7 @@ class Batches(torch.utils.data.Dataset):
     """Batch n depends only on seed and n, so a resumed run sees the same batches. Each of world processes
     builds its share."""
     def __init__(self, data, cfg, tokenizer, rank=0, world=1, augment=False):
-        self.data = data
-        self.cfg = cfg
-        self.tokenizer = tokenizer
+        self.data, self.cfg, self.tokenizer = data, cfg, tokenizer
         self.share = slice(rank, None, world)
         self.settings = (seed, batch_size, texts_per_image)  # spawned workers see only defaults
         self.transform = make_transform(cfg, augment)
@@ -291,13 +273,12 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, n):
         seed, batch_size, texts_per_image = self.settings
         epoch, n = divmod(n, max(1, self.data.n_images // batch_size))
-        generator = torch.Generator().manual_seed(seed + epoch)
-        order = torch.randperm(self.data.n_images, generator=generator)
-        mine = order[n * batch_size : (n + 1) * batch_size][self.share]
+        order = torch.randperm(self.data.n_images, generator=torch.Generator().manual_seed(seed + epoch))
         rng = random.Random(f'{seed} {epoch} {n} {self.share}')
         torch.manual_seed(rng.randrange(2**60))  # for the augmentation
         items = []
-        for image, texts in [self.data[i] for i in mine.tolist()]:
+        for i in order[n * batch_size : (n + 1) * batch_size][self.share].tolist():
+            image, texts = self.data[i]
             items.append((image, rng.sample(texts, len(texts))[:texts_per_image]))
         return collate(items, self.cfg, self.tokenizer, self.transform)
 
@@ -305,25 +286,18 @@ def ignore_signals(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops cleanly, then these
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-def load(batches, first, device):
-    """Yields batches first, first + 1, ... endlessly, on the device."""
+def load(batches, numbers, device):
+    """Yields the batches of these numbers, on the device."""
     workers = num_workers
-    if workers < 0:
-        quick = dataset == 'shapes' and device.type == 'cpu'
-        workers = 0 if quick else min(8, os.cpu_count())
-    loader = torch.utils.data.DataLoader(
-        batches, batch_size=None, sampler=range(first, 10**9), num_workers=workers,
-        worker_init_fn=ignore_signals, pin_memory=device.type == 'cuda')
-    iterator = iter(loader)
+    if workers < 0:  # none where drawing is quicker than a step
+        workers = min(8, os.cpu_count()) * (dataset != 'shapes' or device.type != 'cpu')
+    loader = iter(torch.utils.data.DataLoader(
+        batches, batch_size=None, sampler=numbers, num_workers=workers,
+        worker_init_fn=ignore_signals, pin_memory=device.type == 'cuda'))
     if workers:  # they ignore the signal by which Python ends them at exit
-        atexit.register(iterator._shutdown_workers)
-    try:
-        for batch in iterator:
-            yield [x if x is None else x.to(device, non_blocking=True) for x in batch]
-    finally:
-        if workers:
-            iterator._shutdown_workers()
-            atexit.unregister(iterator._shutdown_workers)
+        atexit.register(loader._shutdown_workers)
+    for batch in loader:
+        yield [x if x is None else x.to(device, non_blocking=True) for x in batch]
 
 # optimizers -------------------------------------------------------------------------------------------
 class Muon(torch.optim.Optimizer):
@@ -365,62 +339,61 @@ def make_optimizers(model):
     understood = ','.join(map('='.join, scales.items())) == lr_scale  # nothing was skipped
     check(understood and set(scales) <= set(parts), f'lr_scale={lr_scale}: expected e.g. vision=0.1')
     check(optimizer in ('muon', 'adamw'), f'optimizer={optimizer} must be muon or adamw')
-    muon = {}
-    adamw = {}
+    groups = defaultdict(list)  # parameters of one optimizer, rate, weight decay and shape
     for name, p in model.named_parameters():
         part = name.split('.')[0]
         p.requires_grad_(part not in frozen)
-        outer = re.search('embedding|position|latents|stem.(0.)?weight|layers.0.weight', name)
+        outer = re.search('embedding|latents|stem.(0.)?weight|layers.0.weight', name)
         hidden = p.dim() > 1 and not outer
         by_muon = hidden and optimizer == 'muon'
-        rate = (muon_lr if by_muon else learning_rate) * float(scales.get(part, 1))
         shape = p.flatten(1).shape if by_muon else None
-        group = dict(params=[], full_lr=rate, weight_decay=weight_decay * hidden)
         if p.requires_grad:
-            groups = muon if by_muon else adamw
-            groups.setdefault((rate, hidden, shape), group)['params'].append(p)
-    optimizers = []
-    if muon:
-        optimizers.append(Muon(muon.values(), {}))
+            groups[by_muon, float(scales.get(part, 1)), hidden, shape].append(p)
+    muon = []
+    adamw = []
+    for (by_muon, scale, hidden, _), params in groups.items():
+        rate = scale * (muon_lr if by_muon else learning_rate)
+        group = dict(params=params, full_lr=rate, weight_decay=weight_decay * hidden)
+        (muon if by_muon else adamw).append(group)
+    optimizers = [Muon(muon, {})] if muon else []
     if adamw:
-        optimizers.append(torch.optim.AdamW(adamw.values(), betas=(0.9, 0.95), fused=True))
+        optimizers.append(torch.optim.AdamW(adamw, betas=(0.9, 0.95), fused=True))
     return optimizers
 
 def rate_factor(step):
-    """Linear warmup, then linear decay to min_lr."""
-    end = lr_decay_iters or max_iters
-    left = (end - step) / max(1, end - warmup_iters)
-    return min(1, (step + 1) / (warmup_iters + 1)) * (min_lr + (1 - min_lr) * min(1, max(0, left)))
+    """Linear warmup, then linear decay to min_lr at max_iters."""
+    left = min(1, (max_iters - step) / max(1, max_iters - warmup_iters))
+    return min(1, (step + 1) / (warmup_iters + 1)) * (min_lr + (1 - min_lr) * left)
 
 # evaluation -------------------------------------------------------------------------------------------
 def choose_items(data, n, kind='caption or question'):
-    """n held-out (image, prompt, truth), always the same: one text per image, then a second one, ..."""
+    """Up to n held-out (image, [(prompt, truth)]), always the same, one text per image."""
     items = []
-    for i in range(n):
-        turn, i = divmod(i, data.n_images)
+    for i in range(min(n, data.n_images)):
         image, texts = data[i]
         texts = [text for text in texts if ('question' if text[0] else 'caption') in kind]
-        if turn < len(texts):
-            items.append((image, *texts[(i + turn) % len(texts)]))
+        if texts:
+            items.append((image, [texts[i % len(texts)]]))
     return items
 
 def exact_answers(model, tok, items, title):
     """Prints and returns the share of items that greedy generation answers word for word. One pass tells:
     greedy text equals the truth if and only if each of its tokens is the most likely one."""
     where = model.decoder.embedding.weight.device
-    right = collections.defaultdict(list)
+    asked = Counter()  # by kind of text
+    exact = Counter()
     for i in range(0, len(items), 100):
-        batch = [(image, [(prompt, truth)]) for image, prompt, truth in items[i : i + 100]]
+        batch = items[i : i + 100]
         images, ids, targets, _ = collate(batch, model.cfg, tok, make_transform(model.cfg))
         logits, _ = model(images.to(where), ids.to(where), targets.to(where))
         likeliest = targets.clone()
         likeliest[targets != -100] = logits.argmax(dim=-1).cpu()
-        exact = (likeliest == targets).all(dim=1).tolist()
-        for (_, [(prompt, _)]), is_exact in zip(batch, exact):
-            right[' '.join(prompt.split()[:2]) or 'caption'].append(is_exact)
-    share = sum(map(sum, right.values())) / len(items)
-    common = sorted(right, key=lambda kind: -len(right[kind]))[:8]
-    each = [f'{kind} {sum(right[kind]) / len(right[kind]):.1%}' for kind in sorted(common)]
+        for (_, [(prompt, _)]), is_right in zip(batch, (likeliest == targets).all(dim=1).tolist()):
+            kind = ' '.join(prompt.split()[:2]) or 'caption'
+            asked[kind] += 1
+            exact[kind] += is_right
+    share = exact.total() / len(items)
+    each = sorted(f'{kind} {exact[kind] / n:.1%}' for kind, n in asked.most_common(8))
     details = f' ({", ".join(each)})' if len(each) > 1 else ''
     print(f'exact answers: {share:.1%} of {len(items)} {title}{details}')
     return share
@@ -429,7 +402,7 @@ def draw_samples(model, tok, items, path):
     """A contact sheet of 12 images with the model's answers, green where they are exact."""
     page = Image.new('RGB', (960, 930), 'white')
     where = model.decoder.embedding.weight.device
-    for n, (image, prompt, truth) in enumerate(items):
+    for n, (image, [(prompt, truth)]) in enumerate(items):
         pixels = make_transform(model.cfg)(image)[None].to(where)
         ids = torch.tensor([encode_prompt(tok, model.cfg, prompt)], device=where)
         row = model.generate(pixels, ids, model.cfg.block_size, temperature=0, stop=tok.end)[0]
@@ -446,21 +419,17 @@ def evaluate(model, batches, step, last, device):
     """Prints losses and exact answers on held-out data, draws samples.png -> the figures for log.csv"""
     model.eval()
     data, tok = batches.data, batches.tokenizer
-    own = swapped = tokens = characters = 0
-    for _, (images, ids, targets, positions) in zip(range(eval_iters), load(batches, 0, device)):
-        scored = targets[targets != -100].tolist()
-        own += model(images, ids, targets, positions)[1].item() * len(scored)
-        swapped += model(images.roll(1, 0), ids, targets, positions)[1].item() * len(scored)
-        tokens += len(scored)
-        characters += len(tok.decode(scored))
-    bits = own / characters / math.log(2)
-    own /= tokens
-    swapped /= tokens
-    share = math.nan
+    own = swapped = count = 0
+    for images, ids, targets, positions in load(batches, range(eval_iters), device):
+        n = (targets != -100).sum().item()
+        own += n * model(images, ids, targets, positions)[1].item()
+        swapped += n * model(images.roll(1, 0), ids, targets, positions)[1].item()
+        count += n
+    own, swapped, share = own / count, swapped / count, math.nan
     gain = f'with images swapped {swapped:.4f}, image gain {swapped - own:.4f}'
     if len(images) == 1:
         gain = 'image gain unknown: it needs two images in a batch'
-    print(f'step {step}: held-out loss {own:.4f}, {gain}, {bits:.4f} bits per character')
+    print(f'step {step}: held-out loss {own:.4f}, {gain}')
     if eval_samples and last and dataset == 'shapes':
         n = 5 * eval_samples
         exact_answers(model, tok, choose_items(data, n, 'caption'), 'captions')
@@ -473,14 +442,6 @@ def evaluate(model, batches, step, last, device):
     return own, swapped, share
 
 # the run ----------------------------------------------------------------------------------------------
-def take_over(stored):
-    """Restores the settings of a stopped run, except those that no longer exist or changed type."""
-    here = override(globals(), [])  # [] changes nothing
-    for name, value in stored.items():
-        per_run = name in ('out_dir', 'init_from', 'eval_only', 'overwrite')
-        if type(value) is type(here.get(name)) and not per_run:
-            globals()[name] = value
-
 def make_model(texts):
     """Builds model and tokenizer of a new run from the settings; texts: for a tokenizer to learn from."""
     if os.path.isfile(os.path.expanduser(init_from)):
@@ -511,21 +472,23 @@ def main(argv=None):
     # 1. settings: a resumed run keeps its own, except those given on the command line
     settings = override(globals(), argv)
     check(preset in PRESETS, f'preset={preset} must be one of {", ".join(PRESETS)}')
-    positive = 'eval_interval log_interval eval_iters batch_size texts_per_image'
-    for name in [*positive.split(), 'gradient_accumulation_steps']:
+    positive = 'eval_interval log_interval eval_iters batch_size texts_per_image gradient_accumulation_steps'
+    for name in positive.split():
         check(settings[name] >= 1, f'{name}={settings[name]} must be at least 1')
-    step = 0
     folder = os.path.expanduser(out_dir)
-    path = os.path.join(folder, 'ckpt.pt')
+    path = f'{folder}/ckpt.pt'
+    step = 0
     if init_from == 'resume':
         model, tok, checkpoint = load_checkpoint(path)
-        stored = checkpoint['settings']
-        take_over(stored)
-        settings = override(globals(), argv)
         step = checkpoint['step']
-        for name in 'preset tokenizer vocab_size image_size block_size projection dropout'.split():
-            kept = settings[name] == stored.get(name)
-            check(kept, f'{name}={settings[name]} cannot change when resuming')
+        for name, value in checkpoint['settings'].items():  # only those that still exist, with their type
+            if name != 'out_dir' and type(value) is type(settings.get(name)):
+                globals()[name] = value
+        fixed = 'preset tokenizer vocab_size image_size block_size projection dropout'
+        kept = {name: globals()[name] for name in [*fixed.split(), 'optimizer', 'freeze', 'lr_scale']}
+        settings = override(globals(), argv)
+        for name in kept:
+            check(settings[name] == kept[name], f'{name}={settings[name]} cannot change when resuming')
     elif os.path.exists(path):
         check(overwrite, f'{path} exists: --init_from=resume continues, --overwrite replaces it')
 
@@ -534,8 +497,8 @@ def main(argv=None):
     rank = int(os.environ.get('RANK', 0))
     world = int(os.environ.get('WORLD_SIZE', 1))
     check(batch_size >= world, f'batch_size={batch_size}: each of {world} processes needs an image')
-    if rank > 0:
-        sys.stdout = open(os.devnull, 'w')  # only rank 0 prints
+    if rank > 0:  # only rank 0 prints
+        sys.stdout = open(os.devnull, 'w')
     if world > 1:
         dist.init_process_group(timeout=datetime.timedelta(hours=2))  # rank 0 evaluates alone
     precision = torch.autocast(where.type, getattr(torch, dtype), enabled=dtype != 'float32')
@@ -548,23 +511,21 @@ def main(argv=None):
     if init_from != 'resume':
         texts = train_set.texts if dataset != 'shapes' else [train_set[i][1] for i in range(400)]
         model, tok = make_model([' '.join(text) for group in texts for text in group])
-    train_set.size = val_set.size = int(model.cfg.image_size * (1.4 if augment else 1))
+    train_set.size = val_set.size = int(1.4 * model.cfg.image_size)  # room for augment
     model.to(where, memory_format=torch.channels_last)  # convolutions are faster in this format
     for module in model.modules():
         module.grad_checkpointing = grad_checkpointing
     optimizers = make_optimizers(model)
-    if step and optimizer == stored['optimizer'] and freeze == stored['freeze']:
+    if init_from == 'resume':
         for o, state in zip(optimizers, checkpoint['optimizers']):
             o.load_state_dict(state | dict(param_groups=o.state_dict()['param_groups']))
         scaler.load_state_dict(checkpoint['scaler'] or scaler.state_dict())
-    net = model
-    if compile:
-        net = torch.compile(net)
+    net = torch.compile(model) if compile else model
     if world > 1:
         net = torch.nn.parallel.DistributedDataParallel(net)
     val_batches = Batches(val_set, model.cfg, tok)
     batches = Batches(train_set, model.cfg, tok, rank, world, augment)
-    stream = load(batches, step * gradient_accumulation_steps, where)
+    stream = load(batches, range(step * gradient_accumulation_steps, 10**9), where)
 
     # 4. the log; a signal stops the run after its step
     os.makedirs(folder, exist_ok=True)
@@ -586,9 +547,8 @@ def main(argv=None):
     since = began = time.time()
     while True:
         # 5. save and evaluate, periodically and at the end; a signal to one process stops all
-        halt = torch.tensor(len(stopped))
+        halt = torch.tensor(len(stopped), device=where)
         if world > 1:
-            halt = halt.to(where)
             dist.all_reduce(halt)
         last = bool(halt) or step >= max_iters or eval_only
         due = step % eval_interval == 0 and step > start_step
@@ -635,8 +595,7 @@ def main(argv=None):
             for buffer, before in zip(model.buffers(), buffers):
                 buffer.copy_(before)
             print(f'step {step}: the gradient is not finite, the step is skipped')
-            limit = 30 if dtype == 'float16' else 5  # the scaler finds its scale by overflowing
-            check(skipped < limit, f'{skipped} steps skipped: try --dtype=float32, or lower rates')
+            check(skipped < 20, f'{skipped} steps in a row are skipped: try --dtype=float32, or lower rates')
         scaler.update()
         model.zero_grad()
         step += 1

@@ -78,7 +78,7 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     vocab_size: int = 50257
     block_size: int = 1024       # longest sequence, visual tokens included
     tokenizer: str = 'bpe'       # passed to Tokenizer.make
-    prompt_template: str = ' {}' # {}: the prompt, after a space, as BPE word tokens include it
+    prompt_template: str = ' {}' # {} is the prompt; after a space, since BPE words begin with one
     answer_prefix: str = ' '     # between prompt and answer
     caption_prompt: str = ''     # the prompt that asks for a caption
 
@@ -128,8 +128,8 @@ def make_norm(cfg):
 def rope_angles(cfg, pos):
     """Cosine and sine of each channel pair's rotation angle at positions pos, (S,) or (B,S)."""
     D = cfg.n_embd // cfg.n_head
-    pair = torch.arange(0, D, 2, device=pos.device)
-    angle = pos[..., None] * cfg.rope_base ** (-pair / D)  # (...,S,D/2), slower in later pairs
+    exponent = torch.arange(0, D, 2, device=pos.device) / D  # one per pair, from 0 to almost 1
+    angle = pos[..., None] * cfg.rope_base**-exponent  # (...,S,D/2), slower in later pairs
     return torch.stack([angle.cos(), angle.sin()]).unsqueeze(-3)  # (2,...,1,S,D/2) for all heads
 
 def apply_rope(x, rope):
@@ -377,7 +377,7 @@ class MinimalVLM(nn.Module):
             pixels = transforms.functional.normalize(pixels, self.cfg.image_mean, self.cfg.image_std)
             visual = self.projection(self.vision(pixels))  # (B,N,C) or (1,N,C)
             x = torch.cat([visual.expand(ids.size(0), -1, -1), x], dim=1)
-        check(0 < x.size(1) <= self.cfg.block_size, 'image and text must have from 1 to block_size tokens')
+        check(0 < x.size(1) <= self.cfg.block_size, 'image and text must have 1 to block_size tokens in all')
         return x
 
     def forward(self, images, ids, targets=None, positions=None):
@@ -396,7 +396,7 @@ class MinimalVLM(nn.Module):
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
         h = h[is_scored]
-        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # CPU kernels are cached per length
+        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # few different lengths: CPU kernels are built for each
         logits = self.decoder.head(padded)[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
@@ -405,11 +405,10 @@ class MinimalVLM(nn.Module):
         """Yields the next token of every row, (B,1), as soon as it is known. Call eval() first. images as for
         embed; ids (B,T): prompts of equal length. A finished row repeats stop until all rows are finished."""
         x = self.embed(images, ids)
-        length = min(x.size(1) + max_new_tokens, self.cfg.block_size)
         caches = [KVCache() for _ in self.decoder.transformer.blocks]
         pos = torch.arange(x.size(1), device=x.device)
         done = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
-        for _ in range(length - x.size(1)):
+        for _ in range(min(max_new_tokens, self.cfg.block_size - x.size(1))):
             h = self.decoder(x, pos, caches=caches)  # image and prompt, then one token at a time
             logits = self.decoder.head(h[:, -1])
             token = sample_top_p(logits, top_p, temperature, top_k).masked_fill(done, stop)
@@ -420,12 +419,12 @@ class MinimalVLM(nn.Module):
             x = self.decoder.embedding(token)
             pos = pos[-1:] + 1
 
-    def generate(self, images, ids, max_new_tokens=50, **options):  # -> with prompts (B,T+new)
+    def generate(self, images, ids, max_new_tokens=50, **options):  # -> prompts and answers (B,T+new)
         return torch.cat([ids, *self.stream(images, ids, max_new_tokens, **options)], dim=1)
 
     @torch.no_grad()
     def score(self, image, prompt, choices):
-        """Log-probabilities (n,) of n complete answers, ids (L_i,), after image (3,P,P) and prompt (T,)."""
+        """Log-probs (n,) of answers, ids (L_i,) with end-of-text, given image (3,P,P), prompt (T,)."""
         answers = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-100)  # (n,L)
         ids = torch.cat([prompt.expand(len(choices), -1), answers.clamp(min=0)], dim=1)  # (n,T+L)
         logits, _ = self(image[None], ids)  # (n,T+L,V)
@@ -451,7 +450,7 @@ class MinimalVLM(nn.Module):
 def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
     """Nucleus sampling: draws from the smallest set of most likely tokens whose total probability reaches p,
     after temperature (0: greedy) and top_k (0: off). logits (B,V) -> token ids (B,1)"""
-    check(temperature >= 0 and top_k >= 0, f'temperature={temperature} or top_k={top_k} is negative')
+    check(temperature >= 0 and top_k >= 0, f'temperature={temperature} and top_k={top_k} must be at least 0')
     check(0 < p <= 1, f'top_p={p} must be in (0, 1]')
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
@@ -526,7 +525,8 @@ SUPPORTED = {  # further keys that we check: this value, or absent
     'siglip': dict(hidden_act='gelu_pytorch_tanh'),
     'gpt2': dict(activation_function='gelu_new', scale_attn_by_inverse_layer_idx=False),
     'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False, rope_scaling=None,
-                  rope_type='default', tie_word_embeddings=True), 'nanovlm': {}}
+                  rope_type='default', tie_word_embeddings=True),
+    'nanovlm': dict(mp_pixel_shuffle_factor=2)}
 BASES = [('siglip', 'vision', SIGLIP_B), ('gpt2', 'text', GPT2), ('llama', 'text', LLAMA),
          ('nanovlm-vision', 'vision', SIGLIP_B), ('nanovlm-text', 'text', LLAMA)]
 IMAGE_FIELDS = ('encoder', 'stem', 'image_size', 'patch_size', 'image_mean', 'image_std')
@@ -577,7 +577,7 @@ def read_config(name):
     elif kind != 'siglip':
         config = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)
     for column, part, base in BASES:
-        if column.startswith(kind):
+        if column.startswith(kind):  # nanoVLM has two columns
             found = {field: c[key] for field, key in CONFIG_NAMES[column].items() if c.get(key) is not None}
             stack = {field: found.pop(field) for field in list(found) if hasattr(base, field)}
             config = config | found | {part: replace(base, **stack)}
@@ -607,20 +607,21 @@ def load_weights(model, path):
     tensors = {name.removeprefix('transformer.'): x for name, x in read_safetensors(path).items()}
     head = tensors.pop('lm_head.weight', None)
     head = tensors.pop('decoder.head.weight', head)
-    if head is not None and 'decoder.norm.weight' in tensors:  # nanoVLM: may be the only copy
+    if head is not None and 'decoder.norm.weight' in tensors:  # nanoVLM may store the tied weight only here
         tensors.setdefault('decoder.token_embedding.weight', head)
     if 'post_layernorm.weight' in tensors:  # transformers 5 omits SigLIP's prefix
         tensors = {f'vision_model.{name}': x for name, x in tensors.items()}
     used = set()
-    for part, names in [(part, table) for part in NAMES for table in NAMES[part].values()]:
-        prefix = names['(prefix)'].strip('-')
-        if prefix + names.get('norm', 'proj') + '.weight' not in tensors:
-            continue  # no last layer by this name: another layout, or a file without this part
+    for part, table in [(part, table) for part in NAMES for table in NAMES[part].values()]:
+        prefix = table['(prefix)'].strip('-')
+        if prefix + table.get('norm', 'proj') + '.weight' not in tensors:
+            continue  # the last layer, norm or proj, is missing: another layout, or a file without this part
         for name, parameter in getattr(model, part).named_parameters():
             number = re.search(r'\b\d+\b|$', name)[0]  # of the block, '' elsewhere
-            row = re.sub(r'\b\d+\b', '#', name.removeprefix('transformer.'))
-            layer, _, suffix = row.rpartition('.')
-            cell = names.get(row) or f'{names.get(layer, "-")}.{suffix}'
+            label = re.sub(r'\b\d+\b', '#', name.removeprefix('transformer.'))
+            layer, _, suffix = label.rpartition('.')  # e.g. blocks.#.mlp.up, weight
+            # rows are layers, so the suffix is added; only position_embedding has a whole name in its row
+            cell = table.get(label) or f'{table.get(layer, "-")}.{suffix}'
             theirs = prefix + re.sub(r'\.T|\[\d\]', '', cell).replace('#', number)
             check(theirs in tensors, f'{path} has no tensor {theirs} for {part}.{name}')
             tensor = tensors[theirs]
@@ -634,7 +635,7 @@ def load_weights(model, path):
             parameter.data.copy_(tensor)
             used.add(theirs)
     left = [name for name in tensors if name not in used and not re.fullmatch(UNUSED, name)]
-    check(used and not left, f'{path}: no known layout, or unexpected tensors: {left[:3]}')
+    check(used and not left, f'{path}: the layout is unknown, or these tensors are unexpected: {left[:3]}')
     tied = head is None or torch.equal(head.float(), model.decoder.embedding.weight)
     check(tied, f'{path}: its output head differs from its embedding: not supported')
 
@@ -719,8 +720,7 @@ class Tokenizer:
         usual = dict(add_prefix_space=False, use_regex=True, individual_digits=True)
         odd = [key for step in steps for key in usual if step.get(key, usual[key]) != usual[key]]
         check(pieces and not odd and not data.get('normalizer'), f'{path}: unsupported pre-tokenizer')
-        merges = [m if isinstance(m, str) else ' '.join(m) for m in data['model']['merges']]
-        ids = [vocab[m.replace(' ', '')] for m in merges]
+        ids = [vocab[''.join(m).replace(' ', '')] for m in data['model']['merges']]  # 'a b' or ['a', 'b']
         check(END in special and ids == sorted(ids), f'{path} has no {END}, or ids not in merge order')
         # undo GPT-2's alphabet: printable bytes map to themselves, the rest to chr(256) upwards
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -749,7 +749,7 @@ def learn_bpe(texts, vocab_size):
         if pairs[best] < 2:
             break
         tokens.setdefault(best[0] + best[1], len(tokens))  # may exist, from another pair
-        for i in where.pop(best):
+        for i in where.pop(best):  # count may start a new set for best
             count(i, -1)
             old, n = words[i]
             new = old[:1]
@@ -764,7 +764,7 @@ def learn_bpe(texts, vocab_size):
 
 # 10. Images and batches -------------------------------------------------------------------------------
 def open_image(path, size):
-    """A picture file as 8-bit RGB, upright. A JPEG is decoded at reduced size, never below size."""
+    """An image file as 8-bit RGB, upright. A JPEG is decoded at reduced size, never below size."""
     try:
         with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # large photos warn
             image.draft('RGB', (size, size))
@@ -781,7 +781,7 @@ def to_rgb(image):
         image = image.convert('F')
         high = image.getextrema()[1]
         white = next((maximum for maximum in (1, 255, 65535) if high <= maximum), high)
-        image = image.point(lambda v: v * (255 / white) + 0).convert('L')
+        image = image.point(lambda v: v * (255 / white)).convert('L')
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
     return image.convert('RGB')
@@ -796,10 +796,10 @@ def encode_prompt(tokenizer, cfg, prompt):
     if not prompt:
         return [tokenizer.end]
     ids = tokenizer.encode(cfg.prompt_template.replace('{}', prompt))
-    room = (cfg.block_size - cfg.n_visual) // 2
-    if len(ids) > room:
+    limit = (cfg.block_size - cfg.n_visual) // 2
+    if len(ids) > limit:
         after = tokenizer.encode(cfg.prompt_template.split('{}')[1])  # kept: it leads to the answer
-        ids = ids[: max(0, room - len(after))] + after
+        ids = (ids[: max(0, limit - len(after))] + after)[-limit:]
     return ids
 
 def encode_answer(tokenizer, cfg, answer):
@@ -807,7 +807,7 @@ def encode_answer(tokenizer, cfg, answer):
 
 def collate(items, cfg, tokenizer, transform):
     """[(image, [(prompt, answer), ...]), ...] -> images (B,3,P,P), ids, targets, positions (B,T). A row is an
-    image with its texts, truncated to the block; positions is None if no row has several."""
+    image with its texts, truncated to block_size; positions is None if no row has several."""
     room = cfg.block_size - cfg.n_visual
     rows = []
     for _, texts in items:
@@ -819,7 +819,7 @@ def collate(items, cfg, tokenizer, transform):
             targets = [-100] * (len(prompt) - 1) + text[len(prompt) :]  # only answers are scored
             row += zip(text[:-1], targets, range(len(targets)))
         rows.append(row[:room])
-    # multiples of 16: CPU kernels are cached per length. Each padding token is its own text (position 0)
+    # multiples of 16, for few different lengths. Each padding token is a text of its own (position 0)
     longest = min(room, math.ceil(max(map(len, rows)) / 16) * 16)
     rows = torch.tensor([row + [(0, -100, 0)] * (longest - len(row)) for row in rows])  # (B,T,3)
     ids, targets, positions = rows.unbind(-1)
