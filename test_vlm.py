@@ -960,13 +960,13 @@ def test_wrong_options_of_sampling_are_refused_by_name(name, value):
     assert_one_line(error)
 
 def test_top_p_counts_the_tokens_of_a_large_vocabulary_in_bfloat16_too():
-    """Of 4000 equally likely tokens, p = 0.5 needs half."""
+    """Of 4000 equally likely tokens, p = 0.5 needs half; nearly all of them are drawn at least once."""
     torch.manual_seed(0)
-    logits = torch.zeros(20_000, 4000, dtype=torch.bfloat16)
+    logits = torch.zeros(1, 4000, dtype=torch.bfloat16).expand(8000, -1)
 
     tokens = sample_top_p(logits, p=0.5)
 
-    assert 1950 < len(tokens.unique()) < 2050
+    assert 1930 < len(tokens.unique()) < 2010
 
 # vlm.py, 8. public weights and checkpoints -------------------------------------------------------------
 SIZES = dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32, intermediate_size=96)
@@ -2658,7 +2658,8 @@ def test_muon_has_the_hidden_matrices_of_the_tiny_preset_and_adamw_the_rest(sett
     hidden += [f'vision.stem.{i}.weight' for i in (2, 6, 10)] + ['projection.proj.weight']
     rest = [f'{block}.norm{i}.weight' for block in BLOCKS for i in (1, 2)]
     rest += [f'vision.stem.{i}.{kind}' for i in (0, 4, 8) for kind in ('weight', 'bias')]
-    rest += ['vision.stem.10.bias', 'vision.position_embedding', 'decoder.position_embedding', 'decoder.embedding.weight']
+    rest += ['vision.stem.10.bias', 'vision.position_embedding']
+    rest += ['decoder.position_embedding', 'decoder.embedding.weight']
     rest += ['vision.transformer.norm.weight', 'decoder.transformer.norm.weight']
     assert set(names_in(muon, model)) == set(hidden)
     assert set(names_in(adamw, model)) == set(rest)
@@ -3472,18 +3473,31 @@ def test_without_an_image_a_scene_is_drawn_beside_the_checkpoint(folder, talk):
     assert Image.open(folder / 'drawn.png').tobytes() == expected.tobytes()
 
 @pytest.mark.parametrize('arguments, message', [
-    ('--out_dir=nowhere', 'python train.py'), ('--init_from=x', 'x'), ('--device=tpu', 'device=tpu'),
-    ('--top_p=0 --temperature=1', 'top_p=0.0'), ('--attention=look.jpeg', 'attention'),
-    ('--num_samples=2', 'temperature'), ('--imag=x', '--image'), ('--max_new_tokens=0', 'max_new_tokens'),
+    ('--out_dir=nowhere', 'python train.py'), ('--init_from=x', 'x is not'), ('--device=tpu', 'device=tpu'),
+    ('--top_p=0 --temperature=1', 'top_p=0.0'), ('--attention=look.jpeg', 'attention=look.jpeg'),
+    ('--num_samples=2', 'temperature'), ('--max_new_tokens=0', 'max_new_tokens'),
     ('--num_samples=-1 --temperature=1', 'num_samples')])
-def test_mistakes_end_in_one_line(folder, arguments, message):
-    command = [sys.executable, HERE / 'sample.py', '--out_dir=.', '--image=a.png', *arguments.split()]
+def test_mistakes_are_user_errors_of_one_line(folder, talk, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
 
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    with pytest.raises(UserError, match=message) as error:
+        talk('--out_dir=.', '--image=a.png', *arguments.split())
 
-    assert done.returncode in (1, 2)
-    assert message in done.stderr.splitlines()[-1]
-    assert 'Traceback' not in done.stderr
+    assert_one_line(error)
+
+def test_a_mistyped_setting_gets_the_nearest_right_one(talk, capsys):
+    code, _, errors = talk('--imag=x')
+
+    assert code == 2
+    assert errors.splitlines()[-1].endswith('unknown setting --imag=x: did you mean --image?')
+
+@pytest.mark.parametrize('runner', ['train.py', 'sample.py'])
+def test_a_user_error_ends_a_runner_with_one_line(tmp_path, runner):
+    done = subprocess.run([sys.executable, HERE / runner, '--device=tpu'], cwd=tmp_path, env=ENVIRONMENT,
+                          capture_output=True, text=True)
+
+    assert done.returncode == 1
+    assert re.fullmatch(f'{runner}: device=tpu .*\n', done.stderr)
 
 def test_top_k_is_that_of_the_model(folder, talk):
     _, printed, _ = talk(f'--out_dir={folder}', f'--image={folder}/a.png', '--dtype=float32', '--top_k=1',
