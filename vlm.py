@@ -311,8 +311,8 @@ class MultimodalProjection(nn.Module):
 
 # 5. Language decoder ----------------------------------------------------------------------------------
 class LanguageDecoder(nn.Module):
-    """GPT-2 or Llama, by its config. It takes embeddings, since visual tokens have no ids. input_norm gives
-    each embedding mean 0 and std 1; without it, small models take longer to learn to use the image."""
+    """GPT-2 or Llama, by its config. It takes embeddings, since visual tokens have no ids. input_norm brings
+    visual and text embeddings to one scale, mean 0 and std 1: small models then learn to look sooner."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg.text
@@ -402,8 +402,8 @@ class MinimalVLM(nn.Module):
 
     @torch.no_grad()
     def stream(self, images, ids, max_new_tokens=50, temperature=1.0, top_p=1.0, top_k=0, stop=-1):
-        """Yields the next token of every row, (B,1), as soon as it is known. Call eval() first. images as for
-        embed; ids (B,T): prompts of equal length. A finished row repeats stop until all rows are finished."""
+        """Yields the next token of every row, (B,1). Call eval() first. ids (B,T): prompts of equal length. images
+        (B,3,P,P), or one, (1,3,P,P), for B answers. A finished row repeats stop until all rows are finished."""
         x = self.embed(images, ids)
         caches = [KVCache() for _ in self.decoder.transformer.blocks]
         pos = torch.arange(x.size(1), device=x.device)
@@ -617,11 +617,11 @@ def load_weights(model, path):
         if prefix + table.get('norm', 'proj') + '.weight' not in tensors:
             continue  # the last layer, norm or proj, is missing: another layout, or a file without this part
         for name, parameter in getattr(model, part).named_parameters():
-            number = re.search(r'\b\d+\b|$', name)[0]  # of the block, '' elsewhere
+            # transformer.blocks.3.mlp.up.bias -> block 3, row blocks.#.mlp.up, suffix bias
+            number = re.search(r'\b\d+\b|$', name)[0]  # '' outside the blocks
             label = re.sub(r'\b\d+\b', '#', name.removeprefix('transformer.'))
-            layer, _, suffix = label.rpartition('.')  # e.g. blocks.#.mlp.up, weight
-            # rows are layers, so the suffix is added; only position_embedding has a whole name in its row
-            cell = table.get(label) or f'{table.get(layer, "-")}.{suffix}'
+            row, _, suffix = label.rpartition('.')
+            cell = table.get(label) or f'{table.get(row, "-")}.{suffix}'  # position_embedding has no suffix
             theirs = prefix + re.sub(r'\.T|\[\d\]', '', cell).replace('#', number)
             check(theirs in tensors, f'{path} has no tensor {theirs} for {part}.{name}')
             tensor = tensors[theirs]
@@ -730,12 +730,12 @@ class Tokenizer:
         return cls(name, tokens, special, pieces)
 
 def learn_bpe(texts, vocab_size):
-    """BPE from a corpus: repeatedly turns the most frequent adjacent pair into a token."""
+    """BPE from a corpus: repeatedly joins the most frequent pair of adjacent tokens into a new one."""
     pattern = r' ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+'  # roughly PIECES: re has no \p
     counts = Counter(piece for text in texts for piece in re.findall(pattern, text))
     words = [([chr(b) for b in piece.encode('utf-8', 'replace')], n) for piece, n in counts.items()]
     pairs = Counter()  # pair -> count in the corpus
-    where = defaultdict(set)  # pair -> indices of words that contain it, or once did
+    where = defaultdict(set)  # pair -> indices of the words that contain it, or once did
     def count(i, sign):  # adds or removes the pairs of word i
         tokens, n = words[i]
         for pair in zip(tokens, tokens[1:]):
@@ -749,7 +749,7 @@ def learn_bpe(texts, vocab_size):
         if pairs[best] < 2:
             break
         tokens.setdefault(best[0] + best[1], len(tokens))  # may exist, from another pair
-        for i in where.pop(best):  # count may start a new set for best
+        for i in where.pop(best):  # only these words change
             count(i, -1)
             old, n = words[i]
             new = old[:1]
