@@ -370,7 +370,7 @@ class MinimalVLM(nn.Module):
                 attn.q.weight.data.copy_(attn.k.weight)
 
     def embed(self, images, ids):
-        """Visual tokens, then text, (B,N+T,C). images: uint8 (B,3,P,P), one for all rows (1,3,P,P), or None."""
+        """Visual tokens, then text, (B,N+T,C). images: uint8 (B,3,P,P), one for all (1,3,P,P), or None."""
         x = self.decoder.embedding(ids)  # (B,T,C)
         if images is not None:
             pixels = images.to(x.dtype) / 255
@@ -402,8 +402,8 @@ class MinimalVLM(nn.Module):
 
     @torch.no_grad()
     def stream(self, images, ids, max_new_tokens=50, temperature=1.0, top_p=1.0, top_k=0, stop=-1):
-        """Yields the next token of every row, (B,1). Call eval() first. images: as for embed. ids (B,T): prompts
-        of one length. A finished row repeats stop until all rows are finished."""
+        """Yields the next token of every row, (B,1). Call eval() first. images as in embed; ids (B,T):
+        prompts of one length. A finished row repeats stop until all rows are finished."""
         x = self.embed(images, ids)
         caches = [KVCache() for _ in self.decoder.transformer.blocks]
         pos = torch.arange(x.size(1), device=x.device)
