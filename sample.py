@@ -131,7 +131,7 @@ def find_pictures():
 
 def load_model(where):  # of public weights or of a checkpoint
     path = os.path.expanduser(init_from or f'{out_dir}/ckpt.pt')
-    if not init_from or os.path.isfile(path):
+    if path.endswith('.pt'):
         return load_checkpoint(path, where)[:2]
     model = MinimalVLM.from_pretrained(init_from).to(where)
     beside = os.path.exists(f'{path}/tokenizer.json')

@@ -1,5 +1,5 @@
 """
-Trains the model of vlm.py on a CPU, a GPU, an Apple chip, or on several GPUs with torchrun.
+Trains the model in vlm.py on a CPU, a GPU, an Apple chip, or on several GPUs with torchrun.
 
     python train.py                                    from scratch on drawn scenes: minutes on a laptop
     python train.py --init_from=resume                 continues a stopped run, with its settings
@@ -9,7 +9,7 @@ Trains the model of vlm.py on a CPU, a GPU, an Apple chip, or on several GPUs wi
 import atexit, csv, datetime, itertools, json, math, os, random, re, signal, sys, textwrap, time
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import replace
-# oneDNN caches a kernel for every shape; its default limit costs gigabytes
+# before importing torch: oneDNN caches a kernel for every shape, and its default limit costs gigabytes
 os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '256')
 import torch, torch.distributed as dist
 from PIL import Image, ImageDraw
@@ -20,7 +20,7 @@ from vlm import image_transform, load_checkpoint, open_image, override, read_con
 
 # settings ---------------------------------------------------------------------------------------------
 out_dir = 'out'                  # folder for ckpt.pt, log.csv and samples.png
-init_from = 'scratch'            # 'scratch', 'resume', a checkpoint, 'pretrained' or public weights
+init_from = 'scratch'            # 'scratch', 'resume', a .pt file, 'pretrained' or e.g. siglip-b-16,gpt2
 eval_interval = 1000             # steps between evaluations; each also saves a checkpoint
 log_interval = 50                # steps between log lines
 eval_iters = 20                  # held-out batches for the validation loss
@@ -30,7 +30,7 @@ overwrite = False                # allow replacing the checkpoint in out_dir
 dataset = 'shapes'               # 'shapes', a caption file (.csv .txt .jsonl .json) or class folders
 val_dataset = ''                 # the same for validation; '' = a fixed 5 % of the images of dataset
 image_dir = ''                   # where the images of a caption file are; '' = beside it, or in images/
-blind = False                    # train on black images: a baseline that cannot look
+blind = False                    # train on black images: a baseline that cannot see
 augment = False                  # random flips, crops and colors; not if texts say left or right
 num_workers = -1                 # data loading processes; 0 = none, -1 = automatic
 batch_size = 16                  # images per forward pass, summed over processes
@@ -64,7 +64,7 @@ COLORS = {'red': (225, 40, 40), 'green': (40, 170, 70), 'blue': (40, 80, 225), '
           'orange': (245, 135, 25), 'purple': (145, 55, 190), 'cyan': (60, 205, 225), 'black': (35, 35, 35)}
 
 def ring(n, turn, *radii):
-    """n corners (x, y) around the center, clockwise from angle turn, 0 = up; radii are used in rotation."""
+    """n corners (x, y) around the center, clockwise from angle turn, 0 = up; the radii alternate."""
     angles = [math.radians(turn + 360 * i / n) for i in range(n)]
     return [(r * math.sin(angle), -r * math.cos(angle)) for r, angle in zip(itertools.cycle(radii), angles)]
 
@@ -100,7 +100,7 @@ class Shapes:
             scene = []
             for place in sorted(rng.sample(range(9), rng.choice([1, 2, 2, 3, 3, 3]))):
                 pairs = self.pairs
-                if scene and rng.random() < 0.3:  # share a color or a shape with the last
+                if scene and rng.random() < 0.3:  # share a color or a shape with the previous thing
                     pairs = [p for p in pairs if p[0] == scene[-1].color or p[1] == scene[-1].shape]
                 color, shape = rng.choice(pairs)
                 size = rng.choice(list(SIZES))
@@ -124,7 +124,7 @@ def caption(scene):
     things = [f'{PLACES[t.place]} a {t.size} {t.color} {t.shape}' for t in scene]
     return ' and '.join(filter(None, [', '.join(things[:-1]), things[-1]]))
 
-# each of these takes a scene and returns (question, answer), or None if it does not apply
+# each of these returns (question, answer), or None if it does not apply; pairs: those that may be named
 def ask_count(scene, rng, pairs):
     traits = [trait for t in scene for trait in (t.color, t.shape)]
     most_common = max(traits, key=traits.count)
@@ -136,7 +136,7 @@ def ask_count(scene, rng, pairs):
 
 def ask_color(scene, rng, pairs):
     t = rng.choice(scene)
-    others = [u.color for u in scene] + rng.sample(list(COLORS), 8)  # harder: first those in the picture
+    others = [u.color for u in scene] + rng.sample(list(COLORS), 8)  # those in the picture first
     wrong = [color for color in dict.fromkeys(others) if color != t.color]
     options = ': {}, {} or {}'.format(*rng.sample([t.color, *wrong[:2]], 3))
     if [u.shape for u in scene].count(t.shape) == 1:
@@ -160,14 +160,15 @@ def ask_side(scene, rng, pairs):
         t, u = rng.choice(apart)
         return f'is the {t.shape} left or right of the {u.shape}?', 'left' if t.x < u.x else 'right'
 
-QUESTIONS = 3 * [ask_side, ask_color] + 2 * [ask_existence, ask_shape] + [ask_count]
+# how often each is asked about a scene
+QUESTIONS = 3 * [ask_existence, ask_count] + 2 * [ask_side, ask_color] + [ask_shape]
 
 # photos with captions ---------------------------------------------------------------------------------
 def read_captions(path):
     """Yields (image name, prompt, answer) for every row of a caption file or a folder of class folders."""
     if os.path.isdir(path):
         for folder, _, names in sorted(os.walk(path, followlinks=True)):
-            label = os.path.basename(folder).replace('_', ' ')
+            label = os.path.basename(os.path.abspath(folder)).replace('_', ' ')
             for name in sorted(filter(is_picture, names)):
                 yield os.path.relpath(os.path.join(folder, name), path), 'what is this?', label
         return
@@ -182,11 +183,12 @@ def read_captions(path):
     except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as e:
         raise UserError(f'dataset={path}: not shapes, a folder or a caption file ({e!r})') from e
     for n, row in enumerate(rows, 1):
-        prompt = row.get('prompt', row.get('question'))
+        prompt = row.get('prompt') or row.get('question') or ''
         answer = row.get('caption', row.get('answer'))
-        complete = isinstance(row.get('image'), str) and answer not in (None, '') and None not in row
+        named = isinstance(row.get('image'), str) and None not in row  # None: surplus fields of a .csv
+        complete = named and answer is not None and str(answer).strip()
         check(complete, f'{path}, row {n}: needs image and caption (or image, prompt and answer)')
-        yield row['image'], str(prompt or ''), str(answer)
+        yield row['image'], str(prompt), str(answer)
 
 def flatten_json(data):
     """COCO: a row per annotation. LLaVA: a row per turn of gpt, the turn before it being its prompt."""
@@ -203,7 +205,7 @@ def flatten_json(data):
 
 class CaptionedImages:
     """Photos with their texts. Unreadable ones are reported and replaced by the next one."""
-    size = 0  # JPEGs are decoded no smaller than this; main sets it
+    size = 0  # pixels; JPEGs are decoded no smaller than this. main sets it, when the model is known
 
     def __init__(self, texts, folder):
         self.names, self.texts = list(texts), list(texts.values())
@@ -213,7 +215,8 @@ class CaptionedImages:
         for j in itertools.chain(range(i, self.n_images), range(i)):
             if j not in self.unreadable:
                 try:
-                    return open_image(f'{self.folder}/{self.names[j]}', self.size), self.texts[j]
+                    path = os.path.join(self.folder, self.names[j])
+                    return open_image(path, self.size), self.texts[j]
                 except UserError as e:
                     self.unreadable.add(j)
                     print(f'skipped: {e}', file=sys.stderr)
@@ -258,16 +261,16 @@ def make_transform(cfg, augment=False):
         jitter = transforms.ColorJitter(0.2, 0.2, 0.2)
         steps = [transforms.RandomHorizontalFlip(), crop, jitter, *steps]
     if blind:
-        steps.append(transforms.ColorJitter(brightness=(0, 0)))
+        steps.append(torch.zeros_like)
     return transforms.Compose(steps)
 
 class Batches(torch.utils.data.Dataset):
-    """Batch n depends only on seed and n, so a resumed run sees the same batches. Each of world processes
-    builds its share."""
+    """Batch n depends only on seed and n, so a resumed run sees the same batches. With several processes,
+    each builds its share."""
     def __init__(self, data, cfg, tokenizer, rank=0, world=1, augment=False):
         self.data, self.cfg, self.tokenizer = data, cfg, tokenizer
         self.share = slice(rank, None, world)
-        self.settings = (seed, batch_size, texts_per_image)  # spawned workers see only defaults
+        self.settings = (seed, batch_size, texts_per_image)  # spawned workers would see the defaults
         self.transform = make_transform(cfg, augment)
 
     def __getitem__(self, n):
@@ -289,12 +292,13 @@ def ignore_signals(worker):
 def load(batches, numbers, device):
     """Yields the batches of these numbers, on the device."""
     workers = num_workers
-    if workers < 0:  # none where drawing is quicker than a step
-        workers = min(8, os.cpu_count()) * (dataset != 'shapes' or device.type != 'cpu')
+    if workers < 0:  # drawing needs none on a CPU
+        quick = dataset == 'shapes' and device.type == 'cpu'
+        workers = 0 if quick else min(8, os.cpu_count())
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=numbers, num_workers=workers,
         worker_init_fn=ignore_signals, pin_memory=device.type == 'cuda'))
-    if workers:  # they ignore the signal by which Python ends them at exit
+    if workers:  # Python would wait forever for them at exit: they ignore the signal that it sends
         atexit.register(loader._shutdown_workers)
     for batch in loader:
         yield [x if x is None else x.to(device, non_blocking=True) for x in batch]
@@ -343,7 +347,7 @@ def make_optimizers(model):
     for name, p in model.named_parameters():
         part = name.split('.')[0]
         p.requires_grad_(part not in frozen)
-        outer = re.search('embedding|latents|stem.(0.)?weight|layers.0.weight', name)
+        outer = re.search(r'embedding|latents|stem\.(0\.)?weight|layers\.0\.weight', name)
         hidden = p.dim() > 1 and not outer
         by_muon = hidden and optimizer == 'muon'
         shape = p.flatten(1).shape if by_muon else None
@@ -355,7 +359,7 @@ def make_optimizers(model):
         rate = scale * (muon_lr if by_muon else learning_rate)
         group = dict(params=params, full_lr=rate, weight_decay=weight_decay * hidden)
         (muon if by_muon else adamw).append(group)
-    optimizers = [Muon(muon, {})] if muon else []
+    optimizers = [Muon(muon, {})] if muon else []  # {}: no defaults, the groups have all values
     if adamw:
         optimizers.append(torch.optim.AdamW(adamw, betas=(0.9, 0.95), fused=True))
     return optimizers
@@ -367,7 +371,7 @@ def rate_factor(step):
 
 # evaluation -------------------------------------------------------------------------------------------
 def choose_items(data, n, kind='caption or question'):
-    """Up to n held-out (image, [(prompt, truth)]), always the same, one text per image."""
+    """Up to n held-out items (image, [(prompt, truth)]), always the same, one text per image."""
     items = []
     for i in range(min(n, data.n_images)):
         image, texts = data[i]
@@ -377,8 +381,8 @@ def choose_items(data, n, kind='caption or question'):
     return items
 
 def exact_answers(model, tok, items, title):
-    """Prints and returns the share of items that greedy generation answers word for word. One pass tells:
-    greedy text equals the truth if and only if each of its tokens is the most likely one."""
+    """Prints and returns the share of items that greedy generation answers word for word. One forward pass
+    suffices: greedy text equals the truth if and only if each of its tokens is the most likely one."""
     where = model.decoder.embedding.weight.device
     asked = Counter()  # by kind of text
     exact = Counter()
@@ -387,7 +391,7 @@ def exact_answers(model, tok, items, title):
         images, ids, targets, _ = collate(batch, model.cfg, tok, make_transform(model.cfg))
         logits, _ = model(images.to(where), ids.to(where), targets.to(where))
         likeliest = targets.clone()
-        likeliest[targets != -100] = logits.argmax(dim=-1).cpu()
+        likeliest[targets != -100] = logits.argmax(dim=-1).cpu()  # logits of scored positions only
         for (_, [(prompt, _)]), is_right in zip(batch, (likeliest == targets).all(dim=1).tolist()):
             kind = ' '.join(prompt.split()[:2]) or 'caption'
             asked[kind] += 1
@@ -443,8 +447,8 @@ def evaluate(model, batches, step, last, device):
 
 # the run ----------------------------------------------------------------------------------------------
 def make_model(texts):
-    """Builds model and tokenizer of a new run from the settings; texts: for a tokenizer to learn from."""
-    if os.path.isfile(os.path.expanduser(init_from)):
+    """The model and the tokenizer of a new run, from the settings; texts: for a tokenizer to learn from."""
+    if init_from.endswith('.pt'):
         return load_checkpoint(os.path.expanduser(init_from))[:2]
     names = init_from
     if init_from == 'pretrained':
@@ -455,7 +459,7 @@ def make_model(texts):
             published |= read_config(name)
     cfg = vars(PRESETS[preset]) | published
     tok = Tokenizer.make(tokenizer or cfg['tokenizer'], texts, vocab_size or cfg['vocab_size'])
-    if 'text' not in published:
+    if 'text' not in published:  # else the published decoder fixes it
         cfg['vocab_size'] = tok.vocab_size
     check(tok.vocab_size <= cfg['vocab_size'], f'tokenizer={tok.name} has more tokens than the model')
     chosen = dict(image_size=image_size, block_size=block_size, projection=projection)
@@ -469,19 +473,22 @@ def make_model(texts):
 
 def main(argv=None):
     global dtype
-    # 1. settings: a resumed run keeps its own, except those given on the command line
+    # 1. settings
     settings = override(globals(), argv)
     check(preset in PRESETS, f'preset={preset} must be one of {", ".join(PRESETS)}')
     positive = 'eval_interval log_interval eval_iters batch_size texts_per_image gradient_accumulation_steps'
-    for name in positive.split():
-        check(settings[name] >= 1, f'{name}={settings[name]} must be at least 1')
+    least = dict.fromkeys(positive.split(), 1) | dict(eval_samples=0, warmup_iters=0)
+    for name in least:
+        check(settings[name] >= least[name], f'{name}={settings[name]} must be at least {least[name]}')
     folder = os.path.expanduser(out_dir)
     path = f'{folder}/ckpt.pt'
-    step = 0
+
+    # 2. a resumed run keeps its settings, except those given on the command line
+    step = 0  # optimizer steps done so far
     if init_from == 'resume':
         model, tok, checkpoint = load_checkpoint(path)
         step = checkpoint['step']
-        for name, value in checkpoint['settings'].items():  # only those that still exist, with their type
+        for name, value in checkpoint['settings'].items():  # those that exist, and have not changed type
             if name != 'out_dir' and type(value) is type(settings.get(name)):
                 globals()[name] = value
         fixed = 'preset tokenizer vocab_size image_size block_size projection dropout'
@@ -492,11 +499,10 @@ def main(argv=None):
     elif os.path.exists(path):
         check(overwrite, f'{path} exists: --init_from=resume continues, --overwrite replaces it')
 
-    # 2. device, precision and processes
+    # 3. device, precision and processes
     where, dtype = find_device(device, dtype)
     rank = int(os.environ.get('RANK', 0))
     world = int(os.environ.get('WORLD_SIZE', 1))
-    check(batch_size >= world, f'batch_size={batch_size}: each of {world} processes needs an image')
     if rank > 0:  # only rank 0 prints
         sys.stdout = open(os.devnull, 'w')
     if world > 1:
@@ -506,18 +512,23 @@ def main(argv=None):
     torch.set_float32_matmul_precision('high')
     torch.manual_seed(seed)
 
-    # 3. data, model and optimizers
+    # 4. data and model
     train_set, val_set = make_datasets()
+    share = min(batch_size, train_set.n_images)
+    check(share >= world, f'{share} images a batch: each of {world} processes needs one')
     if init_from != 'resume':
         texts = train_set.texts if dataset != 'shapes' else [train_set[i][1] for i in range(400)]
         model, tok = make_model([' '.join(text) for group in texts for text in group])
-    train_set.size = val_set.size = int(1.4 * model.cfg.image_size)  # room for augment
+    train_set.size = val_set.size = int(1.4 * model.cfg.image_size)  # augment crops
     model.to(where, memory_format=torch.channels_last)  # convolutions are faster in this format
     for module in model.modules():
         module.grad_checkpointing = grad_checkpointing
+
+    # 5. optimizers and batches; a resumed run restores their state
     optimizers = make_optimizers(model)
     if init_from == 'resume':
         for o, state in zip(optimizers, checkpoint['optimizers']):
+            # rates and decay come from the settings, not from the checkpoint
             o.load_state_dict(state | dict(param_groups=o.state_dict()['param_groups']))
         scaler.load_state_dict(checkpoint['scaler'] or scaler.state_dict())
     net = torch.compile(model) if compile else model
@@ -525,9 +536,9 @@ def main(argv=None):
         net = torch.nn.parallel.DistributedDataParallel(net)
     val_batches = Batches(val_set, model.cfg, tok)
     batches = Batches(train_set, model.cfg, tok, rank, world, augment)
-    stream = load(batches, range(step * gradient_accumulation_steps, 10**9), where)
+    stream = load(batches, range(step * gradient_accumulation_steps, 10**9), where)  # endless
 
-    # 4. the log; a signal stops the run after its step
+    # 6. the log; a signal stops the run after its step
     os.makedirs(folder, exist_ok=True)
     log = open(f'{folder}/log.csv' if rank == 0 else os.devnull, 'a' if step else 'w', buffering=1)
     if step == 0:
@@ -539,14 +550,14 @@ def main(argv=None):
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f'{preset}: {size:.2f}M parameters, {tok.vocab_size} tokens, {where}, {dtype}')
+    print(f'{size:.2f}M parameters, {tok.vocab_size} tokens, {where}, {dtype}')
 
     losses = []
     skipped = 0
     start_step = step
     since = began = time.time()
     while True:
-        # 5. save and evaluate, periodically and at the end; a signal to one process stops all
+        # 7. save and evaluate, periodically and at the end; a signal to one process stops all
         halt = torch.tensor(len(stopped), device=where)
         if world > 1:
             dist.all_reduce(halt)
@@ -566,7 +577,7 @@ def main(argv=None):
         if last:
             break
 
-        # 6. gradients, averaged over the batches of a step
+        # 8. gradients, averaged over the batches of a step
         step_batches = [next(stream) for _ in range(gradient_accumulation_steps)]
         torch.manual_seed((seed + step) * world + rank)  # dropout, the same after a resume
         buffers = [buffer.clone() for buffer in model.buffers()]  # batch norm statistics
@@ -580,7 +591,7 @@ def main(argv=None):
             scaler.scale(loss).backward()
             losses.append(loss.detach())
 
-        # 7. step; skipped, batch norm statistics included, if a gradient is not finite
+        # 9. step; if a gradient is not finite, skip it and restore the batch norm statistics
         for o in optimizers:
             scaler.unscale_(o)
             for group in o.param_groups:
@@ -595,12 +606,12 @@ def main(argv=None):
             for buffer, before in zip(model.buffers(), buffers):
                 buffer.copy_(before)
             print(f'step {step}: the gradient is not finite, the step is skipped')
-            check(skipped < 20, f'{skipped} steps in a row are skipped: try --dtype=float32, or lower rates')
+            check(skipped < 20, f'{skipped} steps in a row were skipped: try --dtype=float32, or lower rates')
         scaler.update()
         model.zero_grad()
         step += 1
 
-        # 8. log; the loss is that of rank 0
+        # 10. log; the loss is rank 0's
         if step % log_interval == 0:
             n = len(losses) / gradient_accumulation_steps
             loss = sum(losses).item() / n
