@@ -86,7 +86,7 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     def grid(self):  # cells per side of the encoder's feature map
         return self.image_size // self.patch_size
     @property
-    def factor(self):  # cells per side of one visual token
+    def factor(self):  # cells per side that one visual token merges; 1: none
         return self.shuffle_factor if self.projection == 'pixel_shuffle' else 1
     @property
     def n_visual(self):  # visual tokens per image
@@ -96,7 +96,8 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
         check_choices(self)
         check(self.vision.position == 'learned', "position='rope' is for the decoder only")
         check(self.encoder == 'vit' or self.patch_size == 32, 'a ResNet needs patch_size=32')
-        check(self.stem == 'patch' or self.patch_size == 8, "stem='conv' needs patch_size=8")
+        conv = self.encoder == 'vit' and self.stem == 'conv'
+        check(not conv or self.patch_size == 8, "stem='conv' needs patch_size=8")
         P, cell = self.image_size, self.patch_size * self.factor
         check(P >= cell > 0 and P % cell == 0, f'image_size={P} must be a positive multiple of {cell}')
         check(self.prompt_template.count('{}') == 1, 'prompt_template must contain {} once')
@@ -312,7 +313,7 @@ class MultimodalProjection(nn.Module):
 # 5. Language decoder ----------------------------------------------------------------------------------
 class LanguageDecoder(nn.Module):
     """GPT-2 or Llama, by its config. It takes embeddings, since visual tokens have no ids. input_norm brings
-    visual and text embeddings to one scale, mean 0 and std 1: small models then learn to look sooner."""
+    visual and text embeddings to one scale, mean 0 and std 1: small models then sooner learn to look."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg.text
@@ -365,7 +366,7 @@ class MinimalVLM(nn.Module):
         # self-attention only (not the Perceiver): start with q = k, so tokens attend to similar tokens; small
         # models then learn sooner to ground words in the image (mimetic initialization, arXiv 2305.09828)
         for attn in [*self.vision.modules(), *self.decoder.modules()]:
-            if isinstance(attn, Attention) and attn.group_size == 1:
+            if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
                 nn.init.normal_(attn.k.weight, std=0.7 / math.sqrt(attn.k.in_features))
                 attn.q.weight.data.copy_(attn.k.weight)
 
@@ -396,14 +397,14 @@ class MinimalVLM(nn.Module):
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
         h = h[is_scored]
-        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # few different lengths: CPU kernels are built for each
+        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # for few different lengths: each has its own CPU kernel
         logits = self.decoder.head(padded)[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
     @torch.no_grad()
     def stream(self, images, ids, max_new_tokens=50, temperature=1.0, top_p=1.0, top_k=0, stop=-1):
-        """Yields the next token of every row, (B,1). Call eval() first. images as in embed; ids (B,T):
-        prompts of one length. A finished row repeats stop until all rows are finished."""
+        """Yields the next tokens (B,1). Call eval() first. ids (B,T): prompts of one length. images:
+        (B,3,P,P), (1,3,P,P) for B answers on one, or None. A finished row repeats stop until all are finished."""
         x = self.embed(images, ids)
         caches = [KVCache() for _ in self.decoder.transformer.blocks]
         pos = torch.arange(x.size(1), device=x.device)
@@ -424,11 +425,10 @@ class MinimalVLM(nn.Module):
 
     @torch.no_grad()
     def score(self, image, prompt, choices):
-        """Log-probs (n,) of answers, ids (L_i,) with end-of-text, given image (3,P,P), prompt (T,)."""
+        """Log-probability (n,) of each choice, ids (L_i,) with end-of-text. image (3,P,P), prompt (T,)."""
         answers = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-100)  # (n,L)
         ids = torch.cat([prompt.expand(len(choices), -1), answers.clamp(min=0)], dim=1)  # (n,T+L)
-        logits, _ = self(image[None], ids)  # (n,T+L,V)
-        logits = logits[:, len(prompt) - 1 : -1].float().transpose(1, 2)  # for the answers, (n,V,L)
+        logits = self(image[None], ids)[0][:, len(prompt) - 1 : -1].float().mT  # for the answers, (n,V,L)
         return -F.cross_entropy(logits, answers, reduction='none').sum(dim=1)  # padding adds 0
 
     @classmethod
@@ -563,7 +563,7 @@ def read_config(name):
     """The fields of VLMConfig that a published model fixes; name as in from_pretrained."""
     config = {field: getattr(VLMConfig, field) for field in IMAGE_FIELDS}  # their defaults
     if name in ('resnet18', 'resnet50'):
-        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
         return config | dict(encoder=name, patch_size=32, image_mean=mean, image_std=std)
     path = fetch(name, 'config.json')
     c = read_json(path)
@@ -575,7 +575,7 @@ def read_config(name):
     if kind == 'nanovlm':
         config = vars(PRESETS['nanovlm'])  # its fields, as a dict
     elif kind != 'siglip':
-        config = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)
+        config = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)  # their defaults
     for column, part, base in BASES:
         if column.startswith(kind):  # nanoVLM has two columns
             found = {field: c[key] for field, key in CONFIG_NAMES[column].items() if c.get(key) is not None}
@@ -605,8 +605,7 @@ def read_safetensors(path):
 def load_weights(model, path):
     """Fills the parts in NAMES that the file covers, each completely, and skips the others."""
     tensors = {name.removeprefix('transformer.'): x for name, x in read_safetensors(path).items()}
-    head = tensors.pop('lm_head.weight', None)
-    head = tensors.pop('decoder.head.weight', head)
+    head = tensors.pop('lm_head.weight', tensors.pop('decoder.head.weight', None))
     if head is not None and 'decoder.norm.weight' in tensors:  # nanoVLM may store the tied weight only here
         tensors.setdefault('decoder.token_embedding.weight', head)
     if 'post_layernorm.weight' in tensors:  # transformers 5 omits SigLIP's prefix
@@ -614,10 +613,11 @@ def load_weights(model, path):
     used = set()
     for part, table in [(part, table) for part in NAMES for table in NAMES[part].values()]:
         prefix = table['(prefix)'].strip('-')
+        # a part is there, in this layout, if its last layer is: norm, or proj in the projection
         if prefix + table.get('norm', 'proj') + '.weight' not in tensors:
-            continue  # the last layer, norm or proj, is missing: another layout, or a file without this part
+            continue
         for name, parameter in getattr(model, part).named_parameters():
-            # transformer.blocks.3.mlp.up.bias -> block 3, row blocks.#.mlp.up, suffix bias
+            # e.g. transformer.blocks.3.attn.k.weight: GPT-2's h.3.attn.c_attn.weight, transposed, rows of k
             number = re.search(r'\b\d+\b|$', name)[0]  # '' outside the blocks
             label = re.sub(r'\b\d+\b', '#', name.removeprefix('transformer.'))
             row, _, suffix = label.rpartition('.')
