@@ -293,8 +293,9 @@ def load(batches, numbers, device):
     """Yields the batches of these numbers, on the device."""
     workers = num_workers
     if workers < 0:  # drawing needs none on a CPU
-        quick = dataset == 'shapes' and device.type == 'cpu'
-        workers = 0 if quick else min(8, os.cpu_count())
+        workers = min(8, os.cpu_count())
+        if dataset == 'shapes' and device.type == 'cpu':
+            workers = 0
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=numbers, num_workers=workers,
         worker_init_fn=ignore_signals, pin_memory=device.type == 'cuda'))
@@ -531,7 +532,9 @@ def main(argv=None):
             # rates and decay come from the settings, not from the checkpoint
             o.load_state_dict(state | dict(param_groups=o.state_dict()['param_groups']))
         scaler.load_state_dict(checkpoint['scaler'] or scaler.state_dict())
-    net = torch.compile(model) if compile else model
+    net = model
+    if compile:
+        net = torch.compile(net)
     if world > 1:
         net = torch.nn.parallel.DistributedDataParallel(net)
     val_batches = Batches(val_set, model.cfg, tok)

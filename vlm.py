@@ -404,7 +404,7 @@ class MinimalVLM(nn.Module):
     @torch.no_grad()
     def stream(self, images, ids, max_new_tokens=50, temperature=1.0, top_p=1.0, top_k=0, stop=-1):
         """Yields the next tokens (B,1). Call eval() first. ids (B,T): prompts of one length. images:
-        (B,3,P,P), (1,3,P,P) for B answers on one, or None. A finished row repeats stop until all are finished."""
+        (B,3,P,P), (1,3,P,P) for B answers on one, or None. A finished row repeats stop until all rows are."""
         x = self.embed(images, ids)
         caches = [KVCache() for _ in self.decoder.transformer.blocks]
         pos = torch.arange(x.size(1), device=x.device)
