@@ -149,7 +149,9 @@ def ask_shape(scene, rng, pairs):
 def ask_existence(scene, rng, pairs):
     t = rng.choice(scene)
     here = [(u.color, u.shape) for u in scene]
+    mixed = [(u.color, v.shape) for u in scene for v in scene]
     absent = [p for p in pairs if p not in here and (p[0] == t.color or p[1] == t.shape)]
+    absent += 5 * [p for p in absent if p in mixed]  # harder: both are there, but not together
     if absent:
         pair, answer = rng.choice([((t.color, t.shape), 'yes'), (rng.choice(absent), 'no')])
         return f'is there {"an" if pair[0] == "orange" else "a"} {" ".join(pair)}?', answer
@@ -161,7 +163,7 @@ def ask_side(scene, rng, pairs):
         return f'is the {t.shape} left or right of the {u.shape}?', 'left' if t.x < u.x else 'right'
 
 # how often each is asked about a scene
-QUESTIONS = 3 * [ask_existence, ask_count] + 2 * [ask_side, ask_color] + [ask_shape]
+QUESTIONS = 4 * [ask_existence] + 3 * [ask_side] + 2 * [ask_count, ask_color] + [ask_shape]
 
 # photos with captions ---------------------------------------------------------------------------------
 def read_captions(path):
