@@ -421,6 +421,23 @@ def test_gradient_checkpointing_does_not_change_what_is_generated():
 
     assert torch.equal(out, plain)
 
+def test_gradient_checkpointing_keeps_the_texts_of_a_row_apart():
+    """The gradient of a row of two texts is the sum of those of the texts alone."""
+    def gradients(*args, **options):
+        loss = model(*args, **options)[1]
+        return torch.autograd.grad(loss, list(model.parameters()))
+    model = build(CFG).train()
+    model.decoder.transformer.grad_checkpointing = True
+    images, ids = some_input(CFG, B=1, T=8)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+
+    packed = gradients(images, ids, ids, positions=positions)
+
+    first = gradients(images, ids[:, :4], ids[:, :4])
+    second = gradients(images, ids[:, 4:], ids[:, 4:])
+    for both, a, b in zip(packed, first, second):
+        assert_close(both, (a + b) / 2)
+
 # vlm.py, 3. vision encoder ----------------------------------------------------------------------------
 def test_patches_enter_row_by_row():
     torch.manual_seed(0)
@@ -526,6 +543,15 @@ def test_every_query_of_the_perceiver_looks_at_all_features_whatever_their_order
         change = (projection(changed) - tokens).abs().amax(dim=2)
         assert change[0].min() > 1e-3
         assert change[1].max() < 1e-6  # the other image
+
+def test_the_perceiver_sees_features_of_any_scale_alike():
+    """It normalizes them; its projection has no offset yet."""
+    projection = build(KINDS['perceiver']).projection
+    x = torch.randn(2, 16, 32)
+
+    tokens = projection(x)
+
+    assert_close(projection(100 * x), tokens, 1e-3)
 
 # vlm.py, 5. language decoder --------------------------------------------------------------------------
 def test_what_enters_the_decoder_has_mean_0_and_standard_deviation_1():
@@ -2020,6 +2046,15 @@ def test_values_above_16_bits_are_scaled_by_the_brightest():
     assert rgb.getpixel((0, 0)) == (255, 255, 255)
     assert rgb.getpixel((0, 7))[0] in (127, 128)
 
+def test_of_a_template_without_room_for_a_prompt_the_end_is_kept():
+    """Beside 4 visual tokens a row has room for 60, half of it for the prompt."""
+    after = bytes(range(65, 105))
+    cfg = replace(CFG, prompt_template='{}' + after.decode())
+
+    ids = encode_prompt(BYTES, cfg, 'why?')
+
+    assert ids == [*after[-30:]]
+
 # vlm.py, 11. command line ------------------------------------------------------------------------------
 def override(*argv):
     """The settings of train.py after these arguments."""
@@ -2084,6 +2119,13 @@ def test_help_lists_every_setting_with_its_comment(capsys):
     words = ' '.join(text.split())
     assert 'images per forward pass, summed over processes' in words
     assert "'' = a fixed 5 % of the images of dataset" in words
+
+def test_an_abbreviated_setting_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        override('--batch=32')
+
+    assert stop.value.code == 2
+    assert 'unknown setting --batch' in capsys.readouterr().err
 
 # train.py, drawn scenes -------------------------------------------------------------------------------
 NINE_PLACES = sorted(train.PLACES, key=len, reverse=True)  # 'at the top left' before 'at the top'
@@ -3525,6 +3567,17 @@ def test_a_cpu_computes_in_bfloat16_only_where_it_has_instructions_for_it(monkey
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx512_bf16': capable})
 
     assert sample.find_device('cpu', 'auto') == (torch.device('cpu'), dtype)
+
+def test_a_folder_renamed_to_out_is_resumed_there(tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = run(*QUICK, '--max_iters=0')
+    state['settings']['out_dir'] = 'before'
+    torch.save(state, tmp_path / 'out/ckpt.pt')
+
+    train.out_dir = 'out'  # its default
+    train.main(['--init_from=resume', '--max_iters=0'])
+
+    assert train.out_dir == 'out'
 
 # the default job, in short, and what sample.py makes of it --------------------------------------------
 @pytest.fixture(scope='session')
