@@ -7,9 +7,9 @@ A minimal vision-language model: an image and a question go in, words come out.
        | MultimodalProjection                       | embedding
     [ v1 v2 ... vN ]  ------ one sequence ------ [ t1 t2 ... tT ]
                                    | LanguageDecoder: causal; the image comes first, so all text sees it
-                             logits (T,V) -> sample_top_p -> the next token, and again
-Shapes: B batch, P pixels per side, N visual tokens, T text tokens, S = N + T the whole sequence, C channels,
-V vocabulary. In attention: T queries (not only text), S keys, H heads, K key/value heads, D channels each.
+                             logits (T,V) -> sample_top_p -> the next token, and repeat
+Shapes: B batch, P pixels per side, N visual tokens, T text tokens, S = N + T in all, C, C' channels,
+V vocabulary. In attention: T queries of any kind, S keys, H heads, K key/value heads, D channels each.
 References: ViT arXiv 2010.11929, SigLIP 2303.15343, LLaVA 2304.08485, Flamingo 2204.14198,
 Llama 2302.13971, RoPE 2104.09864, nucleus (top-p) sampling 1904.09751, BPE 1508.07909.
 """
@@ -23,9 +23,8 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 
-class UserError(Exception):  # a bad setting or file; the runners print it without a traceback
+class UserError(Exception):  # a bad setting or file; the scripts print only its message
     pass
-
 def check(condition, message):
     if not condition:
         raise UserError(message)
@@ -47,6 +46,7 @@ class TransformerConfig:  # one stack of blocks: vision encoder or language deco
     norm_eps: float = 1e-6
     activation: Literal['gelu', 'gelu_tanh', 'swiglu'] = 'gelu'
     position: Literal['learned', 'rope'] = 'learned'  # 'rope' in the decoder only
+    position_std: float = 0.02   # initial std of learned positions; small models learn sooner with 0.5
     rope_base: float = 10000.0
     bias: bool = True            # in linear layers and layer norms
     dropout: float = 0.0         # on the output of each attention and each MLP
@@ -65,7 +65,7 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     vision: TransformerConfig = TransformerConfig()
     text: TransformerConfig = TransformerConfig()
     encoder: Literal['vit', 'resnet18', 'resnet50'] = 'vit'
-    stem: Literal['patch', 'conv'] = 'patch'  # ViT only: a single strided convolution, or conv_stem
+    stem: Literal['patch', 'conv'] = 'patch'  # ViT only: one strided convolution, or conv_stem()
     image_size: int = 224        # pixels per side
     patch_size: int = 16         # pixels per side of a feature-grid cell
     image_mean: tuple = (0.5, 0.5, 0.5)  # scale to [0, 1], then normalize with these
@@ -78,7 +78,7 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     vocab_size: int = 50257
     block_size: int = 1024       # longest sequence, visual tokens included
     tokenizer: str = 'bpe'       # passed to Tokenizer.make
-    prompt_template: str = ' {}' # {} is the prompt; after a space, since BPE words begin with one
+    prompt_template: str = ' {}' # {} stands for the prompt; BPE words begin with a space
     answer_prefix: str = ' '     # between prompt and answer
     caption_prompt: str = ''     # the prompt that asks for a caption
 
@@ -99,17 +99,17 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
         conv = self.encoder == 'vit' and self.stem == 'conv'
         check(not conv or self.patch_size == 8, "stem='conv' needs patch_size=8")
         P, cell = self.image_size, self.patch_size * self.factor
-        check(P >= cell > 0 and P % cell == 0, f'image_size={P} must be a positive multiple of {cell}')
+        check(P >= cell > 0 and P % cell == 0, f'image_size={P} must be a multiple of {cell}')
         check(self.prompt_template.count('{}') == 1, 'prompt_template must contain {} once')
-        check(self.block_size >= self.n_visual + 16, f'block_size={self.block_size}: no room for text')
+        check(self.block_size >= self.n_visual + 16, f'block_size={self.block_size} is too small')
 
 SIGLIP_B = TransformerConfig(n_layer=12, n_head=12, n_embd=768, activation='gelu_tanh')
 GPT2 = TransformerConfig(n_layer=12, n_head=12, n_embd=768, activation='gelu_tanh', norm_eps=1e-5)
 LLAMA = TransformerConfig(norm='rms', norm_eps=1e-5, activation='swiglu', position='rope', bias=False)
 SMOLLM2_135M = replace(LLAMA, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536, rope_base=1e5)
-SLIM = TransformerConfig(n_layer=4, n_head=8, n_embd=128, bias=False)
+SLIM = TransformerConfig(n_layer=4, n_head=8, n_embd=128, position_std=0.5, bias=False)
 SCRATCH = dict(image_size=64, patch_size=8, stem='conv', projection='pixel_shuffle', input_norm=True)
-PRESETS = {  # visual tokens: tiny and small (16,128), base (196,768), nanovlm (49,576)
+PRESETS = {  # visual tokens (N,C): tiny and small (16,128), base (196,768), nanovlm (49,576)
     'tiny': VLMConfig(replace(SLIM, n_layer=1), SLIM, vocab_size=512, block_size=112, **SCRATCH),
     'small': VLMConfig(replace(SLIM, n_layer=1, n_head=4, dropout=0.1), replace(SLIM, n_head=4, dropout=0.1),
                        vocab_size=4096, block_size=160, **SCRATCH),
@@ -130,8 +130,8 @@ def rope_angles(cfg, pos):
     """Cosine and sine of each channel pair's rotation angle at positions pos, (S,) or (B,S)."""
     D = cfg.n_embd // cfg.n_head
     exponent = torch.arange(0, D, 2, device=pos.device) / D  # one per pair, from 0 to almost 1
-    angle = pos[..., None] * cfg.rope_base**-exponent  # (...,S,D/2), slower in later pairs
-    return torch.stack([angle.cos(), angle.sin()]).unsqueeze(-3)  # (2,...,1,S,D/2) for all heads
+    angle = pos[..., None] * cfg.rope_base**-exponent  # (...,S,D/2), smaller in later pairs
+    return torch.stack([angle.cos(), angle.sin()]).unsqueeze(-3)  # (2,1,S,D/2) or (2,B,1,S,D/2)
 
 def apply_rope(x, rope):
     """Rotary position embedding: rotates the channel pairs (i, i + D/2) of queries or keys x (B,H,T,D), so
@@ -172,7 +172,6 @@ class Attention(nn.Module):
         self.v = nn.Linear(cfg.n_embd, n_kv_head * self.head_dim, bias=cfg.bias)
         self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
         self.keep_map = False  # True: forward stores its attention map (B,H,T,S) in self.attn_map
-
     def forward(self, x, context=None, mask=None, rope=None, cache=None):
         """Queries from x (B,T,C); keys and values from context (B,S,C), or else from x. -> (B,T,C)
         mask (B,1,T,S), True where a query may attend, replaces the causal mask."""
@@ -183,16 +182,15 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         is_causal = self.causal and mask is None
+        if x.size(1) == 1:  # one token, behind a cache
+            is_causal = False  # it may see all keys; is_causal would let it see only the first key
         if cache is not None:
-            if cache.k is not None:
-                # a single new token may see every key; is_causal aligns top-left, showing it only the first
-                assert x.size(1) == 1
-                is_causal = False
+            assert cache.k is None or x.size(1) == 1  # several tokens would need a mask
             k, v = cache.update(k, v)
         if self.group_size > 1:  # (B,K,S,D) -> (B,H,S,D)
             k = k.repeat_interleave(self.group_size, dim=1)
             v = v.repeat_interleave(self.group_size, dim=1)
-        # avoid PyTorch's fused kernels where bf16 backward is slow or (MPS before 2.13) results are wrong
+        # attend() also serves where PyTorch's kernel is slow (bf16 backward on a CPU) or wrong (MPS < 2.13)
         slow_on_cpu = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad
         wrong_on_mps = q.is_mps and torch.__version__ < (2, 13)  # a TorchVersion, not a str
         if self.keep_map or slow_on_cpu or wrong_on_mps:
@@ -247,7 +245,7 @@ class Transformer(nn.Module):  # blocks and a final norm
 
 # 3. Vision encoder ------------------------------------------------------------------------------------
 def conv_stem(C):
-    """(B,3,P,P) -> (B,C,P/8,P/8). Slower than one convolution, but needs far fewer images to learn shapes."""
+    """(B,3,P,P) -> (B,C,P/8,P/8). Slower than one convolution, but needs far fewer training images."""
     def halve(c_in, c_out):
         conv = nn.Conv2d(c_in, c_out, kernel_size=3, padding=1, bias=False)
         return [conv, nn.MaxPool2d(2), nn.BatchNorm2d(c_out), nn.GELU()]
@@ -261,7 +259,7 @@ class VisionEncoder(nn.Module):  # ViT: every patch attends to all patches
         C, p = cfg.vision.n_embd, cfg.patch_size
         self.n_embd = C
         self.stem = conv_stem(C) if cfg.stem == 'conv' else nn.Conv2d(3, C, kernel_size=p, stride=p)
-        self.position_embedding = nn.Parameter(0.02 * torch.randn(cfg.grid**2, C))
+        self.position_embedding = nn.Parameter(cfg.vision.position_std * torch.randn(cfg.grid**2, C))
         self.transformer = Transformer(cfg.vision)
     def forward(self, images):
         """images (B,3,P,P), normalized -> features (B,grid*grid,C), row by row."""
@@ -282,7 +280,7 @@ def pixel_shuffle(x, f):
     """Space to depth: f x f neighbouring cells become one wide cell. (B,L,C) -> (B,L/f^2,f*f*C)"""
     B, L, C = x.shape
     g = math.isqrt(L) // f  # wide cells per side
-    x = x.view(B, g, f, g, f, C).transpose(2, 3)  # -> (B,g,g,f,f,C)
+    x = x.view(B, g, f, g, f, C).transpose(2, 3)  # (B,y,dy,x,dx,C) -> (B,y,x,dy,dx,C)
     return x.reshape(B, g * g, f * f * C)
 
 class MultimodalProjection(nn.Module):
@@ -293,13 +291,12 @@ class MultimodalProjection(nn.Module):
         n_in, n_hidden, n_out = n_in * cfg.factor**2, cfg.projection_hidden, cfg.text.n_embd
         if self.kind == 'mlp':  # LLaVA 1.5
             self.proj = nn.Sequential(nn.Linear(n_in, n_hidden), nn.GELU(), nn.Linear(n_hidden, n_out))
-        else:  # linear, pixel_shuffle (no bias, as in nanoVLM), and in front of the perceiver
+        else:  # one linear map; as in nanoVLM, pixel_shuffle has no bias
             self.proj = nn.Linear(n_in, n_out, bias=self.kind != 'pixel_shuffle')
         if self.kind == 'perceiver':  # after Flamingo: learned queries cross-attend to the features
-            self.norm = make_norm(cfg.text)
+            self.norm = make_norm(cfg.text)  # of the features; the resampler norms the latents
             self.latents = nn.Parameter(0.02 * torch.randn(cfg.n_latents, n_out))
             self.resampler = Transformer(replace(cfg.text, n_layer=2))
-
     def forward(self, x):
         """Features (B,grid*grid,C') -> visual tokens (B,N,C)."""
         if self.kind == 'pixel_shuffle':
@@ -313,7 +310,7 @@ class MultimodalProjection(nn.Module):
 # 5. Language decoder ----------------------------------------------------------------------------------
 class LanguageDecoder(nn.Module):
     """GPT-2 or Llama, by its config. It takes embeddings, since visual tokens have no ids. input_norm brings
-    visual and text embeddings to one scale, mean 0 and std 1: small models then sooner learn to look."""
+    visual and text embeddings to one scale, mean 0 and std 1: small models learn sooner."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg.text
@@ -321,8 +318,7 @@ class LanguageDecoder(nn.Module):
         self.embedding = nn.Embedding(cfg.vocab_size, C)  # its weight is also the output head: tied
         self.input_norm = nn.LayerNorm(C, elementwise_affine=False) if cfg.input_norm else nn.Identity()
         if self.cfg.position == 'learned':
-            std = 0.5 if cfg.input_norm else 0.02  # 0.02 is negligible next to inputs of std 1
-            self.position_embedding = nn.Parameter(std * torch.randn(cfg.block_size, C))
+            self.position_embedding = nn.Parameter(cfg.text.position_std * torch.randn(cfg.block_size, C))
         self.transformer = Transformer(cfg.text, causal=True)
     def head(self, h):
         return F.linear(h, self.embedding.weight)  # (...,C) -> (...,V)
@@ -336,11 +332,11 @@ class LanguageDecoder(nn.Module):
 
 # 6. The whole model -----------------------------------------------------------------------------------
 def packed_mask(positions, n_visual):
-    """The mask for several texts in a row: each text sees the image and itself only.
+    """The mask for rows that pack several texts: each text sees the image and itself only.
     positions (B,T) count from 0 in each text -> mask (B,1,S,S), True where a query may attend."""
     text = (positions == 0).cumsum(dim=1)  # (B,T): which text a token belongs to: 1, 2, ...
     text = F.pad(text, (n_visual, 0))  # (B,S): 0 is the image
-    allowed = (text[:, None, :] == 0) | (text[:, None, :] == text[:, :, None])
+    allowed = (text[:, None, :] == 0) | (text[:, None, :] == text[:, :, None])  # [row,query,key]
     return allowed.tril()[:, None]  # also causal
 
 class MinimalVLM(nn.Module):
@@ -351,7 +347,6 @@ class MinimalVLM(nn.Module):
         self.projection = MultimodalProjection(cfg, self.vision.n_embd)
         self.decoder = LanguageDecoder(cfg)
         self.init_weights()
-
     def init_weights(self):
         """GPT-2's initialization, except for queries and keys. Convolutions keep PyTorch's."""
         for module in self.modules():
@@ -360,11 +355,11 @@ class MinimalVLM(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for stack in self.modules():
-            for block in getattr(stack, 'blocks', []):  # smaller where the residual stream is written
-                for layer in (block.attn.out, block.mlp.down):
+            for block in getattr(stack, 'blocks', []):
+                for layer in (block.attn.out, block.mlp.down):  # smaller, since many of them add up
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
         # self-attention only (not the Perceiver): start with q = k, so tokens attend to similar tokens; small
-        # models then learn sooner to ground words in the image (mimetic initialization, arXiv 2305.09828)
+        # models then learn to ground words in the image sooner (mimetic initialization, arXiv 2305.09828)
         for attn in [*self.vision.modules(), *self.decoder.modules()]:
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
                 nn.init.normal_(attn.k.weight, std=0.7 / math.sqrt(attn.k.in_features))
@@ -378,13 +373,13 @@ class MinimalVLM(nn.Module):
             pixels = transforms.functional.normalize(pixels, self.cfg.image_mean, self.cfg.image_std)
             visual = self.projection(self.vision(pixels))  # (B,N,C) or (1,N,C)
             x = torch.cat([visual.expand(ids.size(0), -1, -1), x], dim=1)
-        check(0 < x.size(1) <= self.cfg.block_size, 'image and text must have 1 to block_size tokens in all')
+        check(0 < x.size(1) <= self.cfg.block_size, 'expected 1 to block_size tokens in all')
         return x
 
     def forward(self, images, ids, targets=None, positions=None):
         """images and ids as for embed. targets (B,T): the next token after each id, or -100 where not scored.
         positions (B,T): each token's index within its own text; needed when a row packs several texts.
-        Without targets -> logits (B,T,V), None. With -> logits (n_scored,V), mean loss (nats per token)."""
+        Without targets -> logits (B,T,V), None. Else logits (n_scored,V), loss (nats per token)."""
         x = self.embed(images, ids)  # (B,S,C)
         N = x.size(1) - ids.size(1)
         pos = torch.arange(x.size(1), device=x.device)  # positions in the sequence
@@ -397,14 +392,14 @@ class MinimalVLM(nn.Module):
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
         h = h[is_scored]
-        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # for few different lengths: each has its own CPU kernel
+        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # few lengths: CPUs compile a kernel for each
         logits = self.decoder.head(padded)[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
     @torch.no_grad()
     def stream(self, images, ids, max_new_tokens=50, temperature=1.0, top_p=1.0, top_k=0, stop=-1):
         """Yields the next tokens (B,1). Call eval() first. ids (B,T): prompts of one length. images:
-        (B,3,P,P), (1,3,P,P) for B answers on one, or None. A finished row repeats stop until all rows are."""
+        (B,3,P,P), (1,3,P,P) for all B, or None. A finished row yields stop until all finish."""
         x = self.embed(images, ids)
         caches = [KVCache() for _ in self.decoder.transformer.blocks]
         pos = torch.arange(x.size(1), device=x.device)
@@ -419,8 +414,7 @@ class MinimalVLM(nn.Module):
                 return
             x = self.decoder.embedding(token)
             pos = pos[-1:] + 1
-
-    def generate(self, images, ids, max_new_tokens=50, **options):  # -> prompts and answers (B,T+new)
+    def generate(self, images, ids, max_new_tokens=50, **options):  # -> (B,T+new), with the prompts
         return torch.cat([ids, *self.stream(images, ids, max_new_tokens, **options)], dim=1)
 
     @torch.no_grad()
@@ -428,13 +422,14 @@ class MinimalVLM(nn.Module):
         """Log-probability (n,) of each choice, ids (L_i,) with end-of-text. image (3,P,P), prompt (T,)."""
         answers = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-100)  # (n,L)
         ids = torch.cat([prompt.expand(len(choices), -1), answers.clamp(min=0)], dim=1)  # (n,T+L)
-        logits = self(image[None], ids)[0][:, len(prompt) - 1 : -1].float().mT  # for the answers, (n,V,L)
+        logits, _ = self(image[None], ids)  # (n,T+L,V); those at t predict token t + 1
+        logits = logits[:, len(prompt) - 1 : -1].float().mT  # for the answers, (n,V,L)
         return -F.cross_entropy(logits, answers, reduction='none').sum(dim=1)  # padding adds 0
 
     @classmethod
     def from_pretrained(cls, names, cfg=None):
         """Loads public weights. names: one, or 'encoder,decoder'; each a repository, a folder, an alias or a
-        ResNet. Parts not in the files start from scratch. cfg overrides the published config."""
+        ResNet. Parts not in the files start from scratch. cfg replaces the published config."""
         names = [name.strip() for name in names.split(',')]
         published = {key: x for name in names for key, x in read_config(name).items()}
         model = cls(cfg or VLMConfig(**published))
@@ -472,40 +467,41 @@ def read_table(text):
 
 # What published files call our layers (weight and bias) and position_embedding. # = block number, - = none.
 # .T: the weight is stored (in, out); transpose it. [i]: then take the i-th third of its rows (0 q, 1 k, 2 v)
-NAMES = {'vision': read_table("""
-ours                SigLIP                                  nanoVLM
-(prefix)            vision_model.                           vision_encoder.
-stem                embeddings.patch_embedding              patch_embedding.conv
-position_embedding  embeddings.position_embedding.weight    patch_embedding.position_embedding
-blocks.#.norm1      encoder.layers.#.layer_norm1            blocks.#.ln1
-blocks.#.attn.q     encoder.layers.#.self_attn.q_proj       blocks.#.attn.qkv_proj[0]
-blocks.#.attn.k     encoder.layers.#.self_attn.k_proj       blocks.#.attn.qkv_proj[1]
-blocks.#.attn.v     encoder.layers.#.self_attn.v_proj       blocks.#.attn.qkv_proj[2]
-blocks.#.attn.out   encoder.layers.#.self_attn.out_proj     blocks.#.attn.out_proj
-blocks.#.norm2      encoder.layers.#.layer_norm2            blocks.#.ln2
-blocks.#.mlp.up     encoder.layers.#.mlp.fc1                blocks.#.mlp.fc1
-blocks.#.mlp.down   encoder.layers.#.mlp.fc2                blocks.#.mlp.fc2
-norm                post_layernorm                          layer_norm
-"""), 'projection': {'nanoVLM': {'(prefix)': 'MP.', 'proj': 'proj'}}, 'decoder': read_table("""
+VISION_NAMES = read_table("""
+ours                SigLIP                                 nanoVLM
+stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
+position_embedding  embeddings.position_embedding.weight   vision_encoder.patch_embedding.position_embedding
+blocks.#.norm1      encoder.layers.#.layer_norm1           vision_encoder.blocks.#.ln1
+blocks.#.attn.q     encoder.layers.#.self_attn.q_proj      vision_encoder.blocks.#.attn.qkv_proj[0]
+blocks.#.attn.k     encoder.layers.#.self_attn.k_proj      vision_encoder.blocks.#.attn.qkv_proj[1]
+blocks.#.attn.v     encoder.layers.#.self_attn.v_proj      vision_encoder.blocks.#.attn.qkv_proj[2]
+blocks.#.attn.out   encoder.layers.#.self_attn.out_proj    vision_encoder.blocks.#.attn.out_proj
+blocks.#.norm2      encoder.layers.#.layer_norm2           vision_encoder.blocks.#.ln2
+blocks.#.mlp.up     encoder.layers.#.mlp.fc1               vision_encoder.blocks.#.mlp.fc1
+blocks.#.mlp.down   encoder.layers.#.mlp.fc2               vision_encoder.blocks.#.mlp.fc2
+norm                post_layernorm                         vision_encoder.layer_norm
+""")
+TEXT_NAMES = read_table("""
 ours                GPT-2                  Llama                                nanoVLM
-(prefix)            -                      model.                               decoder.
-embedding           wte                    embed_tokens                         token_embedding
+embedding           wte                    embed_tokens                         decoder.token_embedding
 position_embedding  wpe.weight             -                                    -
-blocks.#.norm1      h.#.ln_1               layers.#.input_layernorm             blocks.#.norm1
-blocks.#.attn.q     h.#.attn.c_attn.T[0]   layers.#.self_attn.q_proj            blocks.#.attn.q_proj
-blocks.#.attn.k     h.#.attn.c_attn.T[1]   layers.#.self_attn.k_proj            blocks.#.attn.k_proj
-blocks.#.attn.v     h.#.attn.c_attn.T[2]   layers.#.self_attn.v_proj            blocks.#.attn.v_proj
-blocks.#.attn.out   h.#.attn.c_proj.T      layers.#.self_attn.o_proj            blocks.#.attn.out_proj
-blocks.#.norm2      h.#.ln_2               layers.#.post_attention_layernorm    blocks.#.norm2
-blocks.#.mlp.up     h.#.mlp.c_fc.T         layers.#.mlp.up_proj                 blocks.#.mlp.up_proj
-blocks.#.mlp.gate   -                      layers.#.mlp.gate_proj               blocks.#.mlp.gate_proj
-blocks.#.mlp.down   h.#.mlp.c_proj.T       layers.#.mlp.down_proj               blocks.#.mlp.down_proj
-norm                ln_f                   norm                                 norm
-""")}
+blocks.#.norm1      h.#.ln_1               layers.#.input_layernorm             decoder.blocks.#.norm1
+blocks.#.attn.q     h.#.attn.c_attn.T[0]   layers.#.self_attn.q_proj            decoder.blocks.#.attn.q_proj
+blocks.#.attn.k     h.#.attn.c_attn.T[1]   layers.#.self_attn.k_proj            decoder.blocks.#.attn.k_proj
+blocks.#.attn.v     h.#.attn.c_attn.T[2]   layers.#.self_attn.v_proj            decoder.blocks.#.attn.v_proj
+blocks.#.attn.out   h.#.attn.c_proj.T      layers.#.self_attn.o_proj            decoder.blocks.#.attn.out_proj
+blocks.#.norm2      h.#.ln_2               layers.#.post_attention_layernorm    decoder.blocks.#.norm2
+blocks.#.mlp.up     h.#.mlp.c_fc.T         layers.#.mlp.up_proj                 decoder.blocks.#.mlp.up_proj
+blocks.#.mlp.gate   -                      layers.#.mlp.gate_proj               decoder.blocks.#.mlp.gate_proj
+blocks.#.mlp.down   h.#.mlp.c_proj.T       layers.#.mlp.down_proj               decoder.blocks.#.mlp.down_proj
+norm                ln_f                   norm                                 decoder.norm
+""")
+NAMES = dict(vision=VISION_NAMES, projection={'nanoVLM': {'proj': 'MP.proj'}}, decoder=TEXT_NAMES)
+PREFIX = r'^(transformer|vision_model|model)\.'  # before all names in some files; the tables omit it
 # tensors we ignore: SigLIP's text half and pooling head, GPT-2's masks, RoPE tables
-UNUSED = r'text_model\..*|logit_\w+|vision_model\.head\..*|.*\.attn\.(masked_)?bias|.*inv_freq'
+UNUSED = r'text_model\..*|logit_\w+|head\..*|.*\.attn\.(masked_)?bias|.*inv_freq'
 
-# what config.json calls our settings. A missing key keeps the default in BASES or read_config
+# what config.json calls our settings; where it lacks a key, the default in BASES or read_config stays
 CONFIG_NAMES = read_table("""
 ours            siglip               gpt2                llama                    nanovlm-text  nanovlm-vision
 n_layer         num_hidden_layers    n_layer             num_hidden_layers        lm_n_blocks   vit_n_blocks
@@ -521,15 +517,15 @@ tokenizer       -                    -                   -                      
 image_size      image_size           -                   -                        -             vit_img_size
 patch_size      patch_size           -                   -                        -             vit_patch_size
 """)
-SUPPORTED = {  # further keys that we check: this value, or absent
-    'siglip': dict(hidden_act='gelu_pytorch_tanh'),
+SUPPORTED = {  # keys of config.json that we cannot vary: they must have this value or be absent
+    'siglip': dict(hidden_act='gelu_pytorch_tanh'), 'nanovlm': dict(mp_pixel_shuffle_factor=2),
     'gpt2': dict(activation_function='gelu_new', scale_attn_by_inverse_layer_idx=False),
     'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False, rope_scaling=None,
-                  rope_type='default', tie_word_embeddings=True),
-    'nanovlm': dict(mp_pixel_shuffle_factor=2)}
+                  rope_type='default', tie_word_embeddings=True)}
 BASES = [('siglip', 'vision', SIGLIP_B), ('gpt2', 'text', GPT2), ('llama', 'text', LLAMA),
          ('nanovlm-vision', 'vision', SIGLIP_B), ('nanovlm-text', 'text', LLAMA)]
 IMAGE_FIELDS = ('encoder', 'stem', 'image_size', 'patch_size', 'image_mean', 'image_std')
+IMAGE_DEFAULTS = {field: getattr(VLMConfig, field) for field in IMAGE_FIELDS}  # undo a preset's
 ALIASES = {'siglip-b-16': 'google/siglip-base-patch16-224', 'gpt2': 'openai-community/gpt2',
            'smollm2-135m': 'HuggingFaceTB/SmolLM2-135M', 'nanovlm-222m': 'lusxvr/nanoVLM-222M'}
 
@@ -560,27 +556,29 @@ def read_json(path):
     return data
 
 def read_config(name):
-    """The fields of VLMConfig that a published model fixes; name as in from_pretrained."""
-    config = {field: getattr(VLMConfig, field) for field in IMAGE_FIELDS}  # their defaults
+    """The fields of VLMConfig that a published model fixes, as a dict to merge over any preset's."""
     if name in ('resnet18', 'resnet50'):
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-        return config | dict(encoder=name, patch_size=32, image_mean=mean, image_std=std)
+        return IMAGE_DEFAULTS | dict(encoder=name, patch_size=32, image_mean=mean, image_std=std)
     path = fetch(name, 'config.json')
     c = read_json(path)
-    kind = str(c.get('model_type', 'nanovlm')).removesuffix('_vision_model')
+    kind = str(c.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # nanoVLM: no key
     check(kind in SUPPORTED, f'{path}: model_type={kind} must be one of {", ".join(SUPPORTED)}')
-    c |= c.get('vision_config') or c.get('rope_parameters') or {}  # nested: SigLIP's, Llama's RoPE
+    c |= c.get('vision_config') or c.get('rope_parameters') or {}  # lift SigLIP's or Llama's nested keys
     for key, value in SUPPORTED[kind].items():
         check(c.get(key, value) == value, f'{path}: {key}={c.get(key)} must be {value}')
     if kind == 'nanovlm':
         config = vars(PRESETS['nanovlm'])  # its fields, as a dict
-    elif kind != 'siglip':
-        config = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)  # their defaults
+    elif kind == 'siglip':
+        config = IMAGE_DEFAULTS
+    else:  # gpt2, llama
+        config = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)
     for column, part, base in BASES:
-        if column.startswith(kind):  # nanoVLM has two columns
+        if column.startswith(kind):  # nanoVLM has two columns, vision and text
             found = {field: c[key] for field, key in CONFIG_NAMES[column].items() if c.get(key) is not None}
-            stack = {field: found.pop(field) for field in list(found) if hasattr(base, field)}
-            config = config | found | {part: replace(base, **stack)}
+            of_stack = {field: x for field, x in found.items() if hasattr(base, field)}
+            of_model = {field: x for field, x in found.items() if not hasattr(base, field)}
+            config = config | of_model | {part: replace(base, **of_stack)}
     return config
 
 def read_safetensors(path):
@@ -602,36 +600,38 @@ def read_safetensors(path):
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as e:
         raise UserError(f'{path} is not a complete .safetensors file ({e!r})') from e
 
+def published_name(name, table):
+    """What a file calls our parameter, whether to transpose it, and which third of it is ours ('' if all is).
+    For example, transformer.blocks.3.attn.k.weight in GPT-2's column: h.3.attn.c_attn.weight, True, '1'"""
+    row, _, suffix = name.removeprefix('transformer.').rpartition('.')  # blocks.3.attn.k, weight
+    number = ''.join(re.findall(r'\b\d+\b', row))  # 3
+    cell = table.get(re.sub(r'\b\d+\b', '#', row) or name, '-')  # h.#.attn.c_attn.T[1]
+    theirs = re.sub(r'\.T|\[\d\]', '', cell).replace('#', number)
+    if row:  # all but position_embedding, which has no suffix
+        theirs += '.' + suffix
+    return theirs, '.T' in cell and suffix == 'weight', ''.join(re.findall(r'\[(\d)\]', cell))
+
 def load_weights(model, path):
     """Fills the parts in NAMES that the file covers, each completely, and skips the others."""
-    tensors = {name.removeprefix('transformer.'): x for name, x in read_safetensors(path).items()}
+    tensors = {re.sub(PREFIX, '', name): x for name, x in read_safetensors(path).items()}
     head = tensors.pop('lm_head.weight', tensors.pop('decoder.head.weight', None))
-    if head is not None and 'decoder.norm.weight' in tensors:  # nanoVLM may store the tied weight only here
+    if head is not None and 'decoder.norm.weight' in tensors:  # nanoVLM may store the head alone
         tensors.setdefault('decoder.token_embedding.weight', head)
-    if 'post_layernorm.weight' in tensors:  # transformers 5 omits SigLIP's prefix
-        tensors = {f'vision_model.{name}': x for name, x in tensors.items()}
     used = set()
     for part, table in [(part, table) for part in NAMES for table in NAMES[part].values()]:
-        prefix = table['(prefix)'].strip('-')
-        # a part is there, in this layout, if its last layer is: norm, or proj in the projection
-        if prefix + table.get('norm', 'proj') + '.weight' not in tensors:
+        if list(table.values())[-1] + '.weight' not in tensors:  # the last row stands for the part
             continue
         for name, parameter in getattr(model, part).named_parameters():
-            # e.g. transformer.blocks.3.attn.k.weight: GPT-2's h.3.attn.c_attn.weight, transposed, rows of k
-            number = re.search(r'\b\d+\b|$', name)[0]  # '' outside the blocks
-            label = re.sub(r'\b\d+\b', '#', name.removeprefix('transformer.'))
-            row, _, suffix = label.rpartition('.')
-            cell = table.get(label) or f'{table.get(row, "-")}.{suffix}'  # position_embedding has no suffix
-            theirs = prefix + re.sub(r'\.T|\[\d\]', '', cell).replace('#', number)
-            check(theirs in tensors, f'{path} has no tensor {theirs} for {part}.{name}')
+            theirs, transpose, third = published_name(name, table)
+            check(theirs in tensors, f'{path} has no tensor for {part}.{name} ({theirs})')
             tensor = tensors[theirs]
-            if '.T' in cell and suffix == 'weight':
+            if transpose:
                 tensor = tensor.T
-            if '[' in cell:
-                tensor = tensor.chunk(3)[int(cell[cell.index('[') + 1])]
+            if third:
+                tensor = tensor.chunk(3)[int(third)]
             if name == 'position_embedding':
                 tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)
-            check(tensor.shape == parameter.shape, f'{path}: {theirs} must be {list(parameter.shape)}')
+            check(tensor.shape == parameter.shape, f'{path}: {theirs} does not fit {list(parameter.shape)}')
             parameter.data.copy_(tensor)
             used.add(theirs)
     left = [name for name in tensors if name not in used and not re.fullmatch(UNUSED, name)]
@@ -681,7 +681,7 @@ GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!
 
 class Tokenizer:
     """Byte-level BPE: text <-> ids, by tiktoken. tokens: {token: id}, the bytes of a token written as a
-    latin-1 string. At each step, the neighbours whose joined token has the lowest id are merged."""
+    latin-1 string. The adjacent pair whose joined token has the lowest id is merged first."""
     def __init__(self, name, tokens, special, pieces=PIECES):
         self.state = dict(name=name, tokens=tokens, special=special, pieces=pieces)
         self.name = name
@@ -707,21 +707,21 @@ class Tokenizer:
         if name in ('bytes', 'bpe'):
             tokens = learn_bpe(texts if name == 'bpe' else [], vocab_size - 1)
             return cls(name, tokens, {END: len(tokens)})
-        path = name if name.endswith('.json') else fetch(name, 'tokenizer.json')
+        path = os.path.expanduser(name) if name.endswith('.json') else fetch(name, 'tokenizer.json')
         data = read_json(path)
-        keys = {*data, *data.get('model', ())}  # the file's and its model's
-        check(keys >= {'vocab', 'merges', 'added_tokens'}, f'{path} is not a byte-level BPE')
-        vocab = data['model']['vocab']
+        model = data.get('model') or {}
+        check({'vocab', 'merges', 'added_tokens'} <= {*data, *model}, f'{path}: no byte-level BPE')
+        vocab = model['vocab']
         special = {t['content']: t['id'] for t in data['added_tokens']}
         pre = data.get('pre_tokenizer') or {}
         steps = pre.get('pretokenizers', [pre])
         kinds = ' '.join(step.get('type', '') for step in steps)
         pieces = {'ByteLevel': GPT2_PIECES, 'Digits ByteLevel': PIECES}.get(kinds)
-        usual = dict(add_prefix_space=False, use_regex=True, individual_digits=True)
-        odd = [key for step in steps for key in usual if step.get(key, usual[key]) != usual[key]]
-        check(pieces and not odd and not data.get('normalizer'), f'{path}: unsupported pre-tokenizer')
-        ids = [vocab[''.join(m).replace(' ', '')] for m in data['model']['merges']]  # str or list
-        check(END in special and ids == sorted(ids), f'{path} has no {END}, or ids not in merge order')
+        required = dict(add_prefix_space=False, use_regex=True, individual_digits=True)
+        supported = all(step.get(key, value) == value for step in steps for key, value in required.items())
+        check(pieces and supported and not data.get('normalizer'), f'{path}: unsupported pre-tokenizer')
+        ids = [vocab[''.join(merge).replace(' ', '')] for merge in model['merges']]  # 'a b' or [a, b]
+        check(END in special and ids == sorted(ids), f'{path}: no {END}, or ids not in merge order')
         # undo GPT-2's alphabet: printable bytes map to themselves, the rest to chr(256) upwards
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [b for b in range(256) if b not in printable]
@@ -749,7 +749,7 @@ def learn_bpe(texts, vocab_size):
         if pairs[best] < 2:
             break
         tokens.setdefault(best[0] + best[1], len(tokens))  # may exist, from another pair
-        for i in where.pop(best):  # only these words change
+        for i in where.pop(best):  # only these words change; count() starts a new where[best]
             count(i, -1)
             old, n = words[i]
             new = old[:1]
@@ -766,7 +766,7 @@ def learn_bpe(texts, vocab_size):
 def open_image(path, size):
     """An image file as 8-bit RGB, upright. A JPEG is decoded at reduced size, never below size."""
     try:
-        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # large photos warn
+        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # of its size
             image.draft('RGB', (size, size))
             return to_rgb(image)
     except Exception as e:  # broken files make Pillow raise almost anything
@@ -777,7 +777,7 @@ def to_rgb(image):
     image.load()
     with contextlib.suppress(Exception):  # ignore broken EXIF data
         image = ImageOps.exif_transpose(image)
-    if image.mode[0] in 'IF':  # the range is guessed from the brightest pixel: 1, 255 or 65535
+    if image.mode[0] in 'IF':  # I, I;16, F: the range is guessed from the brightest pixel: 1, 255 or 65535
         image = image.convert('F')
         high = image.getextrema()[1]
         white = next((maximum for maximum in (1, 255, 65535) if high <= maximum), high)
@@ -791,7 +791,7 @@ def image_transform(cfg):  # RGB Pillow image -> uint8 (3,P,P), squashed to a sq
     return transforms.Compose([transforms.Resize(size), transforms.PILToTensor()])
 
 def encode_prompt(tokenizer, cfg, prompt):
-    """Token ids of the prompt in its template, cut to half the text room; if empty, end-of-text."""
+    """Token ids of the prompt in its template, cut to half the room for text; if empty, end-of-text."""
     prompt = prompt.strip() or cfg.caption_prompt
     if not prompt:
         return [tokenizer.end]
@@ -813,13 +813,13 @@ def collate(items, cfg, tokenizer, transform):
     for _, texts in items:
         row = []  # (id, target, position) of each token
         for prompt, answer in texts:
-            prompt = encode_prompt(tokenizer, cfg, prompt)
-            text = prompt + encode_answer(tokenizer, cfg, answer)
-            # shifted within each text: its last token must not predict the next text's first
-            targets = [-100] * (len(prompt) - 1) + text[len(prompt) :]  # only answers are scored
+            prompt_ids = encode_prompt(tokenizer, cfg, prompt)
+            text = prompt_ids + encode_answer(tokenizer, cfg, answer)
+            # only answers are scored; shifted here, so that no text's end predicts the next one's start
+            targets = [-100] * (len(prompt_ids) - 1) + text[len(prompt_ids) :]
             row += zip(text[:-1], targets, range(len(targets)))
         rows.append(row[:room])
-    # multiples of 16, for few different lengths. Each padding token is a text of its own (position 0)
+    # pad to a multiple of 16: CPUs compile a kernel for each length. A padding token is a text of its own
     longest = min(room, math.ceil(max(map(len, rows)) / 16) * 16)
     rows = torch.tensor([row + [(0, -100, 0)] * (longest - len(row)) for row in rows])  # (B,T,3)
     ids, targets, positions = rows.unbind(-1)
@@ -829,8 +829,8 @@ def collate(items, cfg, tokenizer, transform):
 
 # 11. Command line -------------------------------------------------------------------------------------
 def override(settings, argv=None):
-    """Lets --name=value, --name value and a bare --flag override globals of a script that are defined as
-    `name = default  # comment`; the default sets the type, the comment is the --help text."""
+    """Lets --name=value, --name value and a bare --flag override settings, a script's globals(), where the
+    script has them as `name = default  # comment`. The default sets the type, --help shows the comment."""
     def true_or_false(text):
         return bool(json.loads(text.lower()))
     with open(settings['__file__'], encoding='utf-8') as f:
