@@ -2,7 +2,7 @@
 Describes pictures and answers questions about them, with a model from train.py or public weights.
 
     python sample.py                                     draws a scene and says what is in it
-    python sample.py --image=cat.jpg                     describes a picture (or a folder, a pattern, a,b)
+    python sample.py --image=cat.jpg                     describes a picture (folder, pattern, a.jpg,b.jpg)
     python sample.py --image=cat.jpg --prompt="what is it?" --choices="a cat,a dog"      which is likelier
     python sample.py --image=cat.jpg --attention=look.png     draws where it looked for each word
 """
@@ -64,24 +64,24 @@ def rank_choices(model, tok, pixels, ids):
 
 def talk(model, tok, pixels, ids):
     """Prints an answer as it comes, or several, and the speed. -> token ids of the first"""
-    times, tokens = [time.time()], []
+    times, steps = [time.time()], []  # the tokens of all rows, step by step
     def arriving():
         rows = ids.expand(num_samples, -1)
-        for step in model.stream(pixels[None], rows, max_new_tokens, temperature, top_p, top_k, tok.end):
-            tokens.append(step[:, 0].tolist())
+        for token in model.stream(pixels[None], rows, max_new_tokens, temperature, top_p, top_k, tok.end):
+            steps.append(token[:, 0].tolist())
             times.append(time.time())
-            yield tokens[-1][0]
+            yield steps[-1][0]
     if num_samples == 1:
         for i, piece in enumerate(tok.stream(arriving())):
             print(piece if i else piece.lstrip(), end='', flush=True)
         print()
     else:
         list(arriving())
-        for row in zip(*tokens):
+        for row in zip(*steps):
             print('-', tok.decode(row).strip())
-    rate = (len(tokens) - 1) * num_samples / max(1e-9, times[-1] - times[1])
+    rate = (len(steps) - 1) * num_samples / max(1e-9, times[-1] - times[1])
     print(f'[first token after {1000 * (times[1] - times[0]):.0f} ms, then {rate:.0f} tokens/s]')
-    return [row[0] for row in tokens if row[0] != tok.end]
+    return [step[0] for step in steps if step[0] != tok.end]
 
 def draw_attention(model, tok, pixels, ids, said, path):
     """Saves one copy of the picture per word, bright where the model looked (mean of layers and heads)."""
@@ -129,7 +129,7 @@ def find_pictures():
     check(paths, f'image={image}: no picture found')
     return paths
 
-def load_model(where):  # of public weights or of a checkpoint
+def load_model(where):  # a checkpoint or public weights
     path = os.path.expanduser(init_from or f'{out_dir}/ckpt.pt')
     if path.endswith('.pt'):
         return load_checkpoint(path, where)[:2]

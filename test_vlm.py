@@ -2882,16 +2882,26 @@ def test_held_out_losses_are_means_over_tokens(settings, capfd, monkeypatch):
     assert math.isnan(share)
     assert f'step 7: held-out loss {own:.4f}' in capfd.readouterr().out
 
-def test_held_out_items_are_always_the_same_and_of_the_kind_that_is_asked_for():
+def test_held_out_items_are_always_the_same_and_of_the_kind_that_is_asked_for(monkeypatch):
+    monkeypatch.setattr(train.Shapes, 'n_images', 50)
     data = train.Shapes('val', 1)
 
     captions = train.choose_items(data, 20, 'caption')
     questions = train.choose_items(data, 20, 'question')
     again = train.choose_items(data, 20, 'question')
 
-    assert [texts for _, texts in captions] == [data[i][1][:1] for i in range(20)]
-    assert all(text in data[i][1][1:] for i, (_, [text]) in enumerate(questions))
+    scenes = {scene.tobytes(): texts for scene, texts in map(data.__getitem__, range(50))}
+    assert all(texts == scenes[scene.tobytes()][:1] for scene, texts in captions)
+    assert all(text in scenes[scene.tobytes()][1:] for scene, [text] in questions)
     assert [texts for _, texts in questions] == [texts for _, texts in again]
+
+def test_held_out_items_come_from_all_over_the_data_set():
+    """Class folders are sorted: the first ones are all of one class."""
+    items = train.choose_items(TenImages(), 5)
+
+    truths = [int(re.search(r'\d', truth)[0]) for _, [(_, truth)] in items]
+    assert len(set(truths)) == 5
+    assert max(truths) > 4
 
 @pytest.mark.parametrize('n', [1, 2])
 def test_the_held_out_loss_is_a_mean_over_eval_iters_batches(settings, monkeypatch, n):

@@ -24,12 +24,12 @@ init_from = 'scratch'            # 'scratch', 'resume', a .pt file, 'pretrained'
 eval_interval = 1000             # steps between evaluations; each also saves a checkpoint
 log_interval = 50                # steps between log lines
 eval_iters = 20                  # held-out batches for the validation loss
-eval_samples = 200               # held-out items to answer; 0 = none
+eval_samples = 200               # held-out items to answer, more at the end of shapes; 0 = none
 eval_only = False                # with init_from=resume: evaluate and stop
-overwrite = False                # allow replacing the checkpoint in out_dir
-dataset = 'shapes'               # 'shapes', a caption file (.csv .txt .jsonl .json) or class folders
+overwrite = False                # allow replacing the checkpoint and the log in out_dir
+dataset = 'shapes'               # 'shapes', class folders, a .csv .txt .jsonl, COCO's or LLaVA's .json
 val_dataset = ''                 # the same for validation; '' = a fixed 5 % of the images of dataset
-image_dir = ''                   # where the images of a caption file are; '' = beside it, or in images/
+image_dir = ''                   # where all images are; '' = beside the caption file, or in its images/
 blind = False                    # train on black images: a baseline that cannot see
 augment = False                  # random flips, crops and colors; not if texts say left or right
 num_workers = -1                 # data loading processes; 0 = none, -1 = automatic
@@ -47,7 +47,7 @@ optimizer = 'muon'               # 'muon' (hidden matrices; AdamW for the rest) 
 learning_rate = 2.5e-3           # AdamW's
 muon_lr = 0.015                  # Muon's
 max_iters = 1700                 # steps
-weight_decay = 0.4               # for weight matrices only
+weight_decay = 0.4               # for the matrices inside the model only, not embeddings
 grad_clip = 1.0                  # maximum norm of the gradient; 0 = no clipping
 freeze = ''                      # parts to keep fixed, e.g. vision,decoder
 lr_scale = ''                    # learning rate factors, e.g. vision=0.1,decoder=0.1
@@ -64,7 +64,7 @@ COLORS = {'red': (225, 40, 40), 'green': (40, 170, 70), 'blue': (40, 80, 225), '
           'orange': (245, 135, 25), 'purple': (145, 55, 190), 'cyan': (60, 205, 225), 'black': (35, 35, 35)}
 
 def ring(n, turn, *radii):
-    """n corners (x, y) around the center, clockwise from angle turn, 0 = up; the radii alternate."""
+    """n points (x, y) clockwise around (0, 0), from turn degrees (0 = up); the radii are used in turn."""
     angles = [math.radians(turn + 360 * i / n) for i in range(n)]
     return [(r * math.sin(angle), -r * math.cos(angle)) for r, angle in zip(itertools.cycle(radii), angles)]
 
@@ -75,13 +75,13 @@ SIZES = {'small': (0.105, 0.12), 'large': (0.16, 0.18)}  # radius, in picture wi
 PLACES = ('at the top left, at the top, at the top right, on the left, in the center, on the right, '
           'at the bottom left, at the bottom, at the bottom right').split(', ')
 NUMBERS = ['zero', 'one', 'two', 'three']
-PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
-UNSEEN = list(zip(COLORS, SHAPES))  # six pairs, a red circle and so on, that training never shows
+PAIRS = list(itertools.product(COLORS, SHAPES))
+UNSEEN = list(zip(COLORS, SHAPES))  # red circle, green square, ... (six): never shown in training
 Thing = namedtuple('Thing', 'color shape size place x y r')  # x, y, r in picture widths
 
 class Shapes:
     """Scenes of one to three things, with a caption and questions. Scene i depends only on seed, split and i.
-    'train' and 'val' never show or name an UNSEEN pair; 'novel' shows no other."""
+    'train' and 'val' never show or name an UNSEEN pair; 'novel' shows only those."""
     n_images = 100_000
 
     def __init__(self, split, seed=0, pixels=128):
@@ -136,7 +136,7 @@ def ask_count(scene, rng, pairs):
 
 def ask_color(scene, rng, pairs):
     t = rng.choice(scene)
-    others = [u.color for u in scene] + rng.sample(list(COLORS), 8)  # those in the picture first
+    others = [u.color for u in scene] + rng.sample(list(COLORS), len(COLORS))  # likelier confusions first
     wrong = [color for color in dict.fromkeys(others) if color != t.color]
     options = ': {}, {} or {}'.format(*rng.sample([t.color, *wrong[:2]], 3))
     if [u.shape for u in scene].count(t.shape) == 1:
@@ -181,11 +181,11 @@ def read_captions(path):
             else:
                 rows = list(csv.DictReader(f))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as e:
-        raise UserError(f'dataset={path}: not shapes, a folder or a caption file ({e!r})') from e
+        raise UserError(f'{path} is not shapes, a folder or a caption file ({e!r})') from e
     for n, row in enumerate(rows, 1):
         prompt = row.get('prompt') or row.get('question') or ''
         answer = row.get('caption', row.get('answer'))
-        named = isinstance(row.get('image'), str) and None not in row  # None: surplus fields of a .csv
+        named = isinstance(row.get('image'), str) and None not in row  # None holds surplus fields
         complete = named and answer is not None and str(answer).strip()
         check(complete, f'{path}, row {n}: needs image and caption (or image, prompt and answer)')
         yield row['image'], str(prompt), str(answer)
@@ -241,7 +241,7 @@ def find_images(path):
     return found, place
 
 def make_datasets():
-    """The data sets for training and for validation, which gets 5 % of the images, always the same ones."""
+    """The data sets for training and for validation: val_dataset, or the same 5 % of the images each time."""
     if dataset == 'shapes':
         return Shapes('train', seed), Shapes('val', seed)
     texts, folder = find_images(dataset)
@@ -270,7 +270,7 @@ class Batches(torch.utils.data.Dataset):
     def __init__(self, data, cfg, tokenizer, rank=0, world=1, augment=False):
         self.data, self.cfg, self.tokenizer = data, cfg, tokenizer
         self.share = slice(rank, None, world)
-        self.settings = (seed, batch_size, texts_per_image)  # spawned workers would see the defaults
+        self.settings = (seed, batch_size, texts_per_image)  # a spawned worker imports the defaults
         self.transform = make_transform(cfg, augment)
 
     def __getitem__(self, n):
@@ -286,23 +286,23 @@ class Batches(torch.utils.data.Dataset):
         return collate(items, self.cfg, self.tokenizer, self.transform)
 
 def ignore_signals(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops cleanly, then these
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 def load(batches, numbers, device):
-    """Yields the batches of these numbers, on the device."""
+    """Yields the batches with these numbers, on the device."""
     workers = num_workers
-    if workers < 0:  # drawing needs none on a CPU
+    if workers < 0:  # on a CPU, drawing is quick next to a step
         workers = min(8, os.cpu_count())
         if dataset == 'shapes' and device.type == 'cpu':
             workers = 0
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=numbers, num_workers=workers,
         worker_init_fn=ignore_signals, pin_memory=device.type == 'cuda'))
-    if workers:  # Python would wait forever for them at exit: they ignore the signal that it sends
+    if workers:  # they ignore the signal with which Python ends them at exit: it would wait forever
         atexit.register(loader._shutdown_workers)
     for batch in loader:
-        yield [x if x is None else x.to(device, non_blocking=True) for x in batch]
+        yield [None if x is None else x.to(device, non_blocking=True) for x in batch]
 
 # optimizers -------------------------------------------------------------------------------------------
 class Muon(torch.optim.Optimizer):
@@ -326,7 +326,7 @@ def orthogonalize(x):
     if x.size(1) > x.size(2):
         return orthogonalize(x.mT).mT
     y = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    if dtype == 'bfloat16':
+    if dtype == 'bfloat16':  # the setting: main has resolved 'auto'
         y = y.bfloat16()
     for _ in range(5):  # y <- 3.4445 y + (-4.775 a + 2.0315 a^2) y
         a = y @ y.mT
@@ -341,26 +341,25 @@ def make_optimizers(model):
     frozen = re.findall(r'\w+', freeze)
     check(set(frozen) < set(parts), f'freeze={freeze}: expected one or two of {", ".join(parts)}')
     scales = dict(re.findall(r'(\w+)=(\d*\.?\d+(?:e-?\d+)?)', lr_scale))
-    understood = ','.join(map('='.join, scales.items())) == lr_scale  # nothing was skipped
+    understood = ','.join(map('='.join, scales.items())) == lr_scale  # findall skips what does not match
     check(understood and set(scales) <= set(parts), f'lr_scale={lr_scale}: expected e.g. vision=0.1')
     check(optimizer in ('muon', 'adamw'), f'optimizer={optimizer} must be muon or adamw')
-    groups = defaultdict(list)  # parameters of one optimizer, rate, weight decay and shape
+    groups = defaultdict(list)  # parameters by Muon's shape (None: AdamW), rate factor, weight decay
     for name, p in model.named_parameters():
         part = name.split('.')[0]
         p.requires_grad_(part not in frozen)
         outer = re.search(r'embedding|latents|stem\.(0\.)?weight|layers\.0\.weight', name)
         hidden = p.dim() > 1 and not outer
-        by_muon = hidden and optimizer == 'muon'
-        shape = p.flatten(1).shape if by_muon else None
+        shape = p.flatten(1).shape if hidden and optimizer == 'muon' else None
         if p.requires_grad:
-            groups[by_muon, float(scales.get(part, 1)), hidden, shape].append(p)
+            groups[shape, float(scales.get(part, 1)), hidden].append(p)
     muon = []
     adamw = []
-    for (by_muon, scale, hidden, _), params in groups.items():
-        rate = scale * (muon_lr if by_muon else learning_rate)
+    for (shape, scale, hidden), params in groups.items():
+        rate = scale * (muon_lr if shape else learning_rate)
         group = dict(params=params, full_lr=rate, weight_decay=weight_decay * hidden)
-        (muon if by_muon else adamw).append(group)
-    optimizers = [Muon(muon, {})] if muon else []  # {}: no defaults, the groups have all values
+        (muon if shape else adamw).append(group)
+    optimizers = [Muon(muon, {})] if muon else []  # {}: no defaults; the loop sets each group's lr
     if adamw:
         optimizers.append(torch.optim.AdamW(adamw, betas=(0.9, 0.95), fused=True))
     return optimizers
@@ -371,24 +370,24 @@ def rate_factor(step):
     return min(1, (step + 1) / (warmup_iters + 1)) * (min_lr + (1 - min_lr) * left)
 
 # evaluation -------------------------------------------------------------------------------------------
-def choose_items(data, n, kind='caption or question'):
-    """Up to n held-out items (image, [(prompt, truth)]), always the same, one text per image."""
+def choose_items(data, n, kind=''):
+    """Up to n held-out items (image, [(prompt, truth)]), always the same. kind: 'caption', 'question'."""
     items = []
-    for i in range(min(n, data.n_images)):
+    for i in random.Random(1337).sample(range(data.n_images), min(n, data.n_images)):
         image, texts = data[i]
-        texts = [text for text in texts if ('question' if text[0] else 'caption') in kind]
+        texts = [text for text in texts if kind in ('', 'question' if text[0] else 'caption')]
         if texts:
             items.append((image, [texts[i % len(texts)]]))
     return items
 
 def exact_answers(model, tok, items, title):
     """Prints and returns the share of items that greedy generation answers word for word. One forward pass
-    suffices: greedy text equals the truth if and only if each of its tokens is the most likely one."""
+    suffices: greedy text equals the truth if each of its tokens is the most likely one."""
     where = model.decoder.embedding.weight.device
     asked = Counter()  # by kind of text
     exact = Counter()
-    for i in range(0, len(items), 100):
-        batch = items[i : i + 100]
+    for i in range(0, len(items), 4 * batch_size):  # without gradients there is room for more
+        batch = items[i : i + 4 * batch_size]
         images, ids, targets, _ = collate(batch, model.cfg, tok, make_transform(model.cfg))
         logits, _ = model(images.to(where), ids.to(where), targets.to(where))
         likeliest = targets.clone()
@@ -515,12 +514,12 @@ def main(argv=None):
 
     # 4. data and model
     train_set, val_set = make_datasets()
-    share = min(batch_size, train_set.n_images)
-    check(share >= world, f'{share} images a batch: each of {world} processes needs one')
+    in_batch = min(batch_size, train_set.n_images)
+    check(in_batch >= world, f'{in_batch} images a batch: each of {world} processes needs one')
     if init_from != 'resume':
         texts = train_set.texts if dataset != 'shapes' else [train_set[i][1] for i in range(400)]
         model, tok = make_model([' '.join(text) for group in texts for text in group])
-    train_set.size = val_set.size = int(1.4 * model.cfg.image_size)  # augment crops
+    train_set.size = val_set.size = int(1.4 * model.cfg.image_size)  # more than image_size: augment crops
     model.to(where, memory_format=torch.channels_last)  # convolutions are faster in this format
     for module in model.modules():
         module.grad_checkpointing = grad_checkpointing
@@ -609,7 +608,7 @@ def main(argv=None):
             for buffer, before in zip(model.buffers(), buffers):
                 buffer.copy_(before)
             print(f'step {step}: the gradient is not finite, the step is skipped')
-            check(skipped < 20, f'{skipped} steps in a row were skipped: try --dtype=float32, or lower rates')
+            check(skipped < 20, f'{skipped} steps in a row were skipped: try --dtype=float32 or lower rates')
         scaler.update()
         model.zero_grad()
         step += 1
@@ -626,7 +625,7 @@ def main(argv=None):
             losses = []
             since = time.time()
     if halt:
-        print(f'stopped at step {step}: continue with --init_from=resume')
+        print(f'stopped at step {step}: continue with --init_from=resume --out_dir={out_dir}')
     else:
         photo = '' if dataset == 'shapes' else f' --image={val_set.folder}/{val_set.names[0]}'
         print(f'{step} steps, {time.time() - began:.0f} s. Now: python sample.py --out_dir={out_dir}{photo}')
