@@ -2155,6 +2155,7 @@ def answer_by_the_caption(question, caption):
         found = [thing for thing in things if thing[2:] == tuple(words[-2:])]
         return 'yes' if found else 'no'
     columns = {shape: column(place) for place, _, _, shape in things}
+    assert columns[words[2]] != columns[words[-1]]
     return 'left' if columns[words[2]] < columns[words[-1]] else 'right'
 
 def test_a_scene_comes_from_seed_split_and_index_alone():
@@ -2376,6 +2377,17 @@ def test_missing_and_broken_images_are_reported_and_another_stands_in(tmp_path, 
     assert texts == [[('', 'a')], [('', 'c')], [('', 'c')], [('', 'c')]]
     assert '1 of 4 images are missing, e.g. 7.png' in errors
     assert errors.count('skipped: ') == errors.count('1.png is not') == 1
+
+def test_the_first_image_stands_in_for_a_broken_last_one(tmp_path, settings):
+    make_photos(tmp_path, 3)
+    (tmp_path / '2.png').write_text('no picture')
+    (tmp_path / 'a.csv').write_text('image,caption\n0.png,a\n1.png,b\n2.png,c\n')
+    train.dataset = train.val_dataset = str(tmp_path / 'a.csv')
+
+    image, texts = train.make_datasets()[1][2]
+
+    assert image.getpixel((0, 0)) == (0, 0, 0)
+    assert texts == [('', 'a')]
 
 @pytest.mark.parametrize('name, text, words', [
     ('a.csv', 'picture,text\n0.png,x\n', 'row 1: needs image and caption'),
@@ -3145,14 +3157,22 @@ def start(tmp_path):
     return torch.load(f'{tmp_path}/start.pt', weights_only=True)
 
 def test_fine_tuning_starts_at_step_0_with_weights_and_tokenizer_of_a_file(tmp_path, start, run):
-    end = run(*QUICK, f'--init_from={tmp_path}/start.pt', '--tokenizer=bpe', '--max_iters=0')
+    end = run(*QUICK, '--tokenizer=', f'--init_from={tmp_path}/start.pt', '--max_iters=0')
 
     assert end['step'] == 0
     assert end['tokenizer'] == start['tokenizer']
     assert_same_state(end['model'], start['model'])
 
+@pytest.mark.parametrize('option', ['tokenizer=bpe', 'vocab_size=300', 'image_size=32', 'block_size=90',
+                                    'projection=mlp', 'dropout=0'])
+def test_what_a_file_fixes_cannot_be_changed_in_fine_tuning(tmp_path, start, run, option):
+    with pytest.raises(UserError, match='start.pt fixes tokenizer, sizes, projection and dropout') as error:
+        run(*QUICK, '--tokenizer=', f'--init_from={tmp_path}/start.pt', f'--{option}')
+
+    assert_one_line(error)
+
 def test_a_frozen_vision_encoder_keeps_its_weights_and_its_statistics(tmp_path, start, run):
-    end = run(*QUICK, f'--init_from={tmp_path}/start.pt', '--freeze=vision')
+    end = run(*QUICK, '--tokenizer=', f'--init_from={tmp_path}/start.pt', '--freeze=vision')
 
     before = start['model']
     changed = {name for name in before if not torch.equal(before[name], end['model'][name])}
@@ -3359,6 +3379,17 @@ def test_the_logged_loss_is_a_mean_over_the_batches_of_a_step(tmp_path, run):
     run(*QUICK, '--max_iters=1', '--gradient_accumulation_steps=3')
 
     assert 4 < float(read_log(tmp_path / 'out')[0]['loss']) < 8  # ln 257 = 5.5 is that of a guess
+
+def test_a_run_resumed_between_log_lines_logs_the_mean_of_its_own_steps(tmp_path, run):
+    options = [*QUICK, *SMALL, '--eval_samples=0', '--batch_size=2']
+    run(*options, '--max_iters=3')
+    losses = [float(row['loss']) for row in read_log(tmp_path / 'out') if row['loss']]
+
+    run(*options, '--max_iters=1', '--log_interval=3', '--overwrite')
+    run('--init_from=resume', '--max_iters=3')
+
+    [logged] = [float(row['loss']) for row in read_log(tmp_path / 'out') if row['loss']]
+    assert logged == pytest.approx(sum(losses[1:]) / 2, abs=2e-5)
 
 def test_a_run_that_fails_leaves_the_checkpoint_of_its_last_evaluation(tmp_path, run, monkeypatch):
     spoil(monkeypatch, steps=range(3, 23))

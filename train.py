@@ -449,6 +449,8 @@ def evaluate(model, batches, step, last, device):
 def make_model(texts):
     """The model and the tokenizer of a new run, from the settings; texts: for a tokenizer to learn from."""
     if init_from.endswith('.pt'):
+        changed = tokenizer or vocab_size or image_size or block_size or projection or dropout >= 0
+        check(not changed, f'{init_from} fixes tokenizer, sizes, projection and dropout: leave them out')
         return load_checkpoint(os.path.expanduser(init_from))[:2]
     names = init_from
     if init_from == 'pretrained':
@@ -456,7 +458,7 @@ def make_model(texts):
     published = {}
     if names != 'scratch':
         for name in names.split(','):
-            published |= read_config(name)
+            published |= read_config(name.strip())
     cfg = vars(PRESETS[preset]) | published
     tok = Tokenizer.make(tokenizer or cfg['tokenizer'], texts, vocab_size or cfg['vocab_size'])
     if 'text' not in published:  # else the published decoder fixes it
@@ -618,7 +620,7 @@ def main(argv=None):
             n = len(losses) / gradient_accumulation_steps
             loss = sum(losses).item() / n
             seconds = (time.time() - since) / n
-            images = batch_size * gradient_accumulation_steps / seconds
+            images = in_batch * gradient_accumulation_steps / seconds
             print(f'step {step}/{max_iters}: loss {loss:.4f}, {seconds * 1000:.0f} ms, '
                   f'{images:.0f} images/s, {(max_iters - step) * seconds / 60:.1f} min left', flush=True)
             print(f'{step},{time.time() - began:.1f},{loss:.5f},,,', file=log)
