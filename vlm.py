@@ -86,7 +86,7 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     def grid(self):  # cells per side of the encoder's feature map
         return self.image_size // self.patch_size
     @property
-    def factor(self):  # cells per side that one visual token merges; 1: none
+    def factor(self):  # cells per side that one visual token merges; 1 = none
         return self.shuffle_factor if self.projection == 'pixel_shuffle' else 1
     @property
     def n_visual(self):  # visual tokens per image
@@ -190,7 +190,7 @@ class Attention(nn.Module):
         if self.group_size > 1:  # (B,K,S,D) -> (B,H,S,D)
             k = k.repeat_interleave(self.group_size, dim=1)
             v = v.repeat_interleave(self.group_size, dim=1)
-        # attend() also serves where PyTorch's kernel is slow (bf16 backward on a CPU) or wrong (MPS < 2.13)
+        # attend() also serves where PyTorch's kernel is slow (bf16 backward on a CPU) or wrong (old MPS)
         slow_on_cpu = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad
         wrong_on_mps = q.is_mps and torch.__version__ < (2, 13)  # a TorchVersion, not a str
         if self.keep_map or slow_on_cpu or wrong_on_mps:
@@ -348,7 +348,7 @@ class MinimalVLM(nn.Module):
         self.decoder = LanguageDecoder(cfg)
         self.init_weights()
     def init_weights(self):
-        """GPT-2's initialization, except for queries and keys. Convolutions keep PyTorch's."""
+        """GPT-2's initialization, except for queries and keys. Convolutions keep PyTorch's own."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -392,7 +392,7 @@ class MinimalVLM(nn.Module):
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
         h = h[is_scored]
-        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # few lengths: CPUs compile a kernel for each
+        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # to 256s: CPUs compile a kernel per length
         logits = self.decoder.head(padded)[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
@@ -419,7 +419,7 @@ class MinimalVLM(nn.Module):
 
     @torch.no_grad()
     def score(self, image, prompt, choices):
-        """Log-probability (n,) of each choice, ids (L_i,) with end-of-text. image (3,P,P), prompt (T,)."""
+        """Log-probabilities (n,) of choices, each ids (L_i,) with end-of-text. image (3,P,P), prompt (T,)"""
         answers = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-100)  # (n,L)
         ids = torch.cat([prompt.expand(len(choices), -1), answers.clamp(min=0)], dim=1)  # (n,T+L)
         logits, _ = self(image[None], ids)  # (n,T+L,V); those at t predict token t + 1
@@ -465,8 +465,8 @@ def read_table(text):
     columns = list(zip(*[line.split() for line in text.strip().splitlines()]))
     return {column[0]: dict(zip(columns[0][1:], column[1:])) for column in columns[1:]}
 
-# What published files call our layers (weight and bias) and position_embedding. # = block number, - = none.
-# .T: the weight is stored (in, out); transpose it. [i]: then take the i-th third of its rows (0 q, 1 k, 2 v)
+# Published names of our layers, before .weight or .bias; position_embedding's is whole. #: block number.
+# -: none. .T: the weight is stored (in, out), transposed. [i]: ours is the i-th third of the rows (q, k, v)
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
 stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
@@ -525,7 +525,7 @@ SUPPORTED = {  # keys of config.json that we cannot vary: they must have this va
 BASES = [('siglip', 'vision', SIGLIP_B), ('gpt2', 'text', GPT2), ('llama', 'text', LLAMA),
          ('nanovlm-vision', 'vision', SIGLIP_B), ('nanovlm-text', 'text', LLAMA)]
 IMAGE_FIELDS = ('encoder', 'stem', 'image_size', 'patch_size', 'image_mean', 'image_std')
-IMAGE_DEFAULTS = {field: getattr(VLMConfig, field) for field in IMAGE_FIELDS}  # undo a preset's
+IMAGE_DEFAULTS = {field: getattr(VLMConfig, field) for field in IMAGE_FIELDS}  # replace a preset's
 ALIASES = {'siglip-b-16': 'google/siglip-base-patch16-224', 'gpt2': 'openai-community/gpt2',
            'smollm2-135m': 'HuggingFaceTB/SmolLM2-135M', 'nanovlm-222m': 'lusxvr/nanoVLM-222M'}
 
@@ -556,7 +556,7 @@ def read_json(path):
     return data
 
 def read_config(name):
-    """The fields of VLMConfig that a published model fixes, as a dict to merge over any preset's."""
+    """The fields of VLMConfig that a published model fixes, as a dict to merge over those of any preset."""
     if name in ('resnet18', 'resnet50'):
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
         return IMAGE_DEFAULTS | dict(encoder=name, patch_size=32, image_mean=mean, image_std=std)
@@ -564,7 +564,7 @@ def read_config(name):
     c = read_json(path)
     kind = str(c.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # nanoVLM: no key
     check(kind in SUPPORTED, f'{path}: model_type={kind} must be one of {", ".join(SUPPORTED)}')
-    c |= c.get('vision_config') or c.get('rope_parameters') or {}  # lift SigLIP's or Llama's nested keys
+    c |= c.get('vision_config') or c.get('rope_parameters') or {}  # SigLIP and Llama nest some keys
     for key, value in SUPPORTED[kind].items():
         check(c.get(key, value) == value, f'{path}: {key}={c.get(key)} must be {value}')
     if kind == 'nanovlm':
@@ -603,23 +603,23 @@ def read_safetensors(path):
 def published_name(name, table):
     """What a file calls our parameter, whether to transpose it, and which third of it is ours ('' if all is).
     For example, transformer.blocks.3.attn.k.weight in GPT-2's column: h.3.attn.c_attn.weight, True, '1'"""
+    if name in table:  # position_embedding has a row of its own, without weight and bias
+        return table[name], False, ''
     row, _, suffix = name.removeprefix('transformer.').rpartition('.')  # blocks.3.attn.k, weight
-    number = ''.join(re.findall(r'\b\d+\b', row))  # 3
-    cell = table.get(re.sub(r'\b\d+\b', '#', row) or name, '-')  # h.#.attn.c_attn.T[1]
-    theirs = re.sub(r'\.T|\[\d\]', '', cell).replace('#', number)
-    if row:  # all but position_embedding, which has no suffix
-        theirs += '.' + suffix
+    number = ''.join(re.findall(r'\b\d+\b', row))  # 3; '' outside the blocks
+    cell = table.get(re.sub(r'\b\d+\b', '#', row), '-')  # h.#.attn.c_attn.T[1]
+    theirs = re.sub(r'\.T|\[\d\]', '', cell).replace('#', number) + '.' + suffix
     return theirs, '.T' in cell and suffix == 'weight', ''.join(re.findall(r'\[(\d)\]', cell))
 
 def load_weights(model, path):
     """Fills the parts in NAMES that the file covers, each completely, and skips the others."""
     tensors = {re.sub(PREFIX, '', name): x for name, x in read_safetensors(path).items()}
     head = tensors.pop('lm_head.weight', tensors.pop('decoder.head.weight', None))
-    if head is not None and 'decoder.norm.weight' in tensors:  # nanoVLM may store the head alone
+    if head is not None and 'decoder.norm.weight' in tensors:  # nanoVLM may store only the head
         tensors.setdefault('decoder.token_embedding.weight', head)
     used = set()
     for part, table in [(part, table) for part in NAMES for table in NAMES[part].values()]:
-        if list(table.values())[-1] + '.weight' not in tensors:  # the last row stands for the part
+        if list(table.values())[-1] + '.weight' not in tensors:  # without its last layer, no part
             continue
         for name, parameter in getattr(model, part).named_parameters():
             theirs, transpose, third = published_name(name, table)
@@ -749,7 +749,7 @@ def learn_bpe(texts, vocab_size):
         if pairs[best] < 2:
             break
         tokens.setdefault(best[0] + best[1], len(tokens))  # may exist, from another pair
-        for i in where.pop(best):  # only these words change; count() starts a new where[best]
+        for i in where.pop(best):  # only these words change; pop, as count() refills where[best]
             count(i, -1)
             old, n = words[i]
             new = old[:1]
@@ -766,7 +766,7 @@ def learn_bpe(texts, vocab_size):
 def open_image(path, size):
     """An image file as 8-bit RGB, upright. A JPEG is decoded at reduced size, never below size."""
     try:
-        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # of its size
+        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # size warnings
             image.draft('RGB', (size, size))
             return to_rgb(image)
     except Exception as e:  # broken files make Pillow raise almost anything
@@ -777,7 +777,7 @@ def to_rgb(image):
     image.load()
     with contextlib.suppress(Exception):  # ignore broken EXIF data
         image = ImageOps.exif_transpose(image)
-    if image.mode[0] in 'IF':  # I, I;16, F: the range is guessed from the brightest pixel: 1, 255 or 65535
+    if image.mode[0] in 'IF':  # I, I;16 or F: guess the maximum (1, 255 or 65535) from the brightest pixel
         image = image.convert('F')
         high = image.getextrema()[1]
         white = next((maximum for maximum in (1, 255, 65535) if high <= maximum), high)
@@ -791,14 +791,14 @@ def image_transform(cfg):  # RGB Pillow image -> uint8 (3,P,P), squashed to a sq
     return transforms.Compose([transforms.Resize(size), transforms.PILToTensor()])
 
 def encode_prompt(tokenizer, cfg, prompt):
-    """Token ids of the prompt in its template, cut to half the room for text; if empty, end-of-text."""
+    """Token ids of the prompt in its template, cut to half the room for text. No prompt: end-of-text."""
     prompt = prompt.strip() or cfg.caption_prompt
     if not prompt:
         return [tokenizer.end]
     ids = tokenizer.encode(cfg.prompt_template.replace('{}', prompt))
     limit = (cfg.block_size - cfg.n_visual) // 2
     if len(ids) > limit:
-        after = tokenizer.encode(cfg.prompt_template.split('{}')[1])  # kept: it leads to the answer
+        after = tokenizer.encode(cfg.prompt_template.split('{}')[1])  # this end leads to the answer: keep it
         ids = (ids[: max(0, limit - len(after))] + after)[-limit:]
     return ids
 
@@ -829,8 +829,8 @@ def collate(items, cfg, tokenizer, transform):
 
 # 11. Command line -------------------------------------------------------------------------------------
 def override(settings, argv=None):
-    """Lets --name=value, --name value and a bare --flag override settings, a script's globals(), where the
-    script has them as `name = default  # comment`. The default sets the type, --help shows the comment."""
+    """Overrides settings, the globals() of a script, by --name=value, --name value or a bare --flag. Only
+    lines `name = default  # comment` define settings; the default sets the type, --help shows the comment."""
     def true_or_false(text):
         return bool(json.loads(text.lower()))
     with open(settings['__file__'], encoding='utf-8') as f:
