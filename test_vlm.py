@@ -232,6 +232,24 @@ def test_attention_in_bfloat16_is_that_in_float32_but_for_rounding():
 
     assert_close(rounded.float(), exact, 0.01)
 
+def test_only_training_in_bfloat16_on_a_cpu_avoids_pytorchs_attention(monkeypatch):
+    """Its backward takes there about four times as long as the spelled-out attention's."""
+    attention = vlm.Attention(LLAMA, causal=True)
+    x = torch.randn(2, 6, 32)
+    kernel = F.scaled_dot_product_attention
+    calls = []
+    def counted(q, *args, **options):
+        calls.append((q.dtype, q.requires_grad))
+        return kernel(q, *args, **options)
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', counted)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                attention.to(dtype)(x.to(dtype))
+
+    assert calls == [(torch.float32, True), (torch.float32, False), (torch.bfloat16, False)]
+
 def test_keep_map_gives_the_weights_of_the_values():
     torch.manual_seed(0)
     attention = vlm.Attention(VIT, causal=True)
@@ -553,6 +571,16 @@ def test_the_perceiver_sees_features_of_any_scale_alike():
 
     assert_close(projection(100 * x), tokens, 1e-3)
 
+def test_the_visual_tokens_of_a_new_perceiver_differ_from_each_other():
+    torch.manual_seed(0)
+    projection = MinimalVLM(KINDS['perceiver']).projection
+    x = torch.randn(1, 16, 32)
+
+    tokens = projection(x)[0]
+
+    distances = torch.pdist(tokens)  # (10,): of each pair of the five
+    assert distances.min() > 1
+
 # vlm.py, 5. language decoder --------------------------------------------------------------------------
 def test_what_enters_the_decoder_has_mean_0_and_standard_deviation_1():
     cfg = KINDS['conv']
@@ -578,6 +606,15 @@ def test_embeddings_are_the_output_head_too():
     logits = model.decoder.head(h)
 
     assert_close(logits, h @ model.decoder.embedding(torch.arange(300)).T)
+
+def test_learned_positions_start_with_the_standard_deviation_that_is_set():
+    torch.manual_seed(0)
+    vision, text = (replace(VIT, position_std=std) for std in (0.5, 0.1))
+
+    model = MinimalVLM(replace(CFG, vision=vision, text=text))
+
+    assert_std(model.vision.position_embedding, 0.5)
+    assert_std(model.decoder.position_embedding, 0.1)
 
 # vlm.py, 6. the whole model ---------------------------------------------------------------------------
 def assert_std(weight, expected):
@@ -1752,6 +1789,17 @@ def test_a_tokenizer_json_gives_the_ids_of_the_tokenizers_package(tmp_path, digi
     assert tokenizer.vocab_size == theirs.get_vocab_size()
     assert tokenizer.end == theirs.token_to_id('<|endoftext|>')
 
+@pytest.mark.parametrize('digits', [True, False])
+def test_a_tokenizer_json_gives_the_same_ids_after_a_checkpoint(tmp_path, digits):
+    theirs = train_tokenizer(tmp_path / 'tokenizer.json', digits)
+    path = str(tmp_path / 'ckpt.pt')
+
+    save_checkpoint(path, build(CFG), Tokenizer.make(str(tmp_path)))
+    tokenizer = load_checkpoint(path)[1]
+
+    for text in [' the cat 1234 ', *random_texts(300)]:
+        assert tokenizer.encode(text) == theirs.encode(text).ids, repr(text)
+
 def test_a_tokenizer_json_is_found_by_its_path_and_in_a_repository(hub):
     folder, downloads = hub
     (folder / 'owner' / 'words').mkdir(parents=True)
@@ -2717,6 +2765,15 @@ def test_in_float32_each_singular_value_goes_through_the_polynomial_five_times(s
     y = train.orthogonalize(x[None])[0]
 
     assert_close(y, U @ S.diag() @ V, 1e-5)
+
+def test_matrices_of_one_shape_are_orthogonalized_together_as_each_alone(settings):
+    torch.manual_seed(0)
+    x = torch.randn(6, 32, 48) * torch.logspace(-3, 0, 6)[:, None, None]  # of layers with small to large ones
+
+    together = train.orthogonalize(x)
+
+    alone = torch.cat([train.orthogonalize(matrix[None]) for matrix in x])
+    assert_close(together, alone, 1e-5)
 
 def test_adamw_equals_torchs_with_weight_decay_for_matrices_alone(settings):
     train.optimizer = 'adamw'
