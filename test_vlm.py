@@ -607,14 +607,14 @@ def test_embeddings_are_the_output_head_too():
 
     assert_close(logits, h @ model.decoder.embedding(torch.arange(300)).T)
 
-def test_learned_positions_start_with_the_standard_deviation_that_is_set():
+@pytest.mark.parametrize('input_norm, std', [(True, 0.5), (False, 0.02)])
+def test_learned_positions_start_large_beside_normalized_inputs(input_norm, std):
     torch.manual_seed(0)
-    vision, text = (replace(VIT, position_std=std) for std in (0.5, 0.1))
 
-    model = MinimalVLM(replace(CFG, vision=vision, text=text))
+    model = MinimalVLM(replace(CFG, text=VIT, input_norm=input_norm))
 
-    assert_std(model.vision.position_embedding, 0.5)
-    assert_std(model.decoder.position_embedding, 0.1)
+    assert_std(model.vision.position_embedding, 0.02)
+    assert_std(model.decoder.position_embedding, std)
 
 # vlm.py, 6. the whole model ---------------------------------------------------------------------------
 def assert_std(weight, expected):

@@ -46,7 +46,6 @@ class TransformerConfig:  # one stack of blocks: vision encoder or language deco
     norm_eps: float = 1e-6
     activation: Literal['gelu', 'gelu_tanh', 'swiglu'] = 'gelu'
     position: Literal['learned', 'rope'] = 'learned'  # 'rope' in the decoder only
-    position_std: float = 0.02   # initial std of learned positions; small models learn sooner with 0.5
     rope_base: float = 10000.0
     bias: bool = True            # in linear layers and layer norms
     dropout: float = 0.0         # on the output of each attention and each MLP
@@ -107,7 +106,7 @@ SIGLIP_B = TransformerConfig(n_layer=12, n_head=12, n_embd=768, activation='gelu
 GPT2 = TransformerConfig(n_layer=12, n_head=12, n_embd=768, activation='gelu_tanh', norm_eps=1e-5)
 LLAMA = TransformerConfig(norm='rms', norm_eps=1e-5, activation='swiglu', position='rope', bias=False)
 SMOLLM2_135M = replace(LLAMA, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536, rope_base=1e5)
-SLIM = TransformerConfig(n_layer=4, n_head=8, n_embd=128, position_std=0.5, bias=False)
+SLIM = TransformerConfig(n_layer=4, n_head=8, n_embd=128, bias=False)
 SCRATCH = dict(image_size=64, patch_size=8, stem='conv', projection='pixel_shuffle', input_norm=True)
 PRESETS = {  # visual tokens (N,C): tiny and small (16,128), base (196,768), nanovlm (49,576)
     'tiny': VLMConfig(replace(SLIM, n_layer=1), SLIM, vocab_size=512, block_size=112, **SCRATCH),
@@ -259,7 +258,7 @@ class VisionEncoder(nn.Module):  # ViT: every patch attends to all patches
         C, p = cfg.vision.n_embd, cfg.patch_size
         self.n_embd = C
         self.stem = conv_stem(C) if cfg.stem == 'conv' else nn.Conv2d(3, C, kernel_size=p, stride=p)
-        self.position_embedding = nn.Parameter(cfg.vision.position_std * torch.randn(cfg.grid**2, C))
+        self.position_embedding = nn.Parameter(0.02 * torch.randn(cfg.grid**2, C))
         self.transformer = Transformer(cfg.vision)
     def forward(self, images):
         """images (B,3,P,P), normalized -> features (B,grid*grid,C), row by row."""
@@ -318,7 +317,8 @@ class LanguageDecoder(nn.Module):
         self.embedding = nn.Embedding(cfg.vocab_size, C)  # its weight is also the output head: tied
         self.input_norm = nn.LayerNorm(C, elementwise_affine=False) if cfg.input_norm else nn.Identity()
         if self.cfg.position == 'learned':
-            self.position_embedding = nn.Parameter(cfg.text.position_std * torch.randn(cfg.block_size, C))
+            std = 0.5 if cfg.input_norm else 0.02  # 0.02 is negligible next to inputs of std 1
+            self.position_embedding = nn.Parameter(std * torch.randn(cfg.block_size, C))
         self.transformer = Transformer(cfg.text, causal=True)
     def head(self, h):
         return F.linear(h, self.embedding.weight)  # (...,C) -> (...,V)
