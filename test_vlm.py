@@ -2311,6 +2311,19 @@ def test_wrong_choices_hold_the_other_colors_of_the_picture():
 
     assert min(places[i] for i in range(3)) > sum(places.values()) / 5
 
+def test_absent_pairs_whose_color_and_shape_are_both_there_are_asked_for_twice_as_often():
+    """Beside a red circle and a blue square, 12 absent pairs share something with each, two of them both."""
+    rng = random.Random(0)
+    scene = [train.Thing('red', 'circle', 'small', 0, 0.2, 0.2, 0.1),
+             train.Thing('blue', 'square', 'small', 8, 0.8, 0.8, 0.1)]
+
+    asked = [train.ask_existence(scene, rng, train.PAIRS) for _ in range(8000)]
+
+    absent = [question for question, answer in asked if answer == 'no']
+    crossed = [question for question in absent if re.search('red square|blue circle', question)]
+    assert len(absent) / len(asked) == pytest.approx(1 / 2, abs=0.02)
+    assert len(crossed) / len(absent) == pytest.approx(4 / 14, abs=0.03)
+
 # train.py, photos with captions -----------------------------------------------------------------------
 @pytest.fixture
 def settings(tmp_path, capfd):

@@ -150,6 +150,7 @@ def ask_existence(scene, rng, pairs):
     t = rng.choice(scene)
     here = [(u.color, u.shape) for u in scene]
     absent = [p for p in pairs if p not in here and (p[0] == t.color or p[1] == t.shape)]
+    absent += [p for p in absent if {*p} <= {*sum(here, ())}]  # likelier: both are there, but apart
     if absent:
         pair, answer = rng.choice([((t.color, t.shape), 'yes'), (rng.choice(absent), 'no')])
         return f'is there {"an" if pair[0] == "orange" else "a"} {" ".join(pair)}?', answer
@@ -555,7 +556,6 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, stop)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f'{size:.2f}M parameters, {tok.vocab_size} tokens, {where}, {dtype}')
-
     losses = []
     skipped = 0
     start_step = step
