@@ -3311,6 +3311,7 @@ def test_each_rank_has_its_own_dropout_in_each_step(run, monkeypatch):
     """Ranks 0 and 1 of 2, one after the other, without the other one."""
     run(*QUICK, '--max_iters=0')
     monkeypatch.setattr(train.dist, 'init_process_group', do_nothing)
+    monkeypatch.setattr(train.dist, 'destroy_process_group', do_nothing)
     monkeypatch.setattr(train.dist, 'all_reduce', do_nothing)
     monkeypatch.setattr(torch.nn.parallel, 'DistributedDataParallel', MinimalVLM.eval)
     monkeypatch.setattr(sys, 'stdout', sys.stdout)
@@ -3599,6 +3600,7 @@ def test_a_signal_to_another_process_stops_this_one_too(run, monkeypatch):
         x += len(rounds) > 2
     rounds = []
     monkeypatch.setattr(train.dist, 'init_process_group', do_nothing)
+    monkeypatch.setattr(train.dist, 'destroy_process_group', do_nothing)
     monkeypatch.setattr(train.dist, 'all_reduce', sum_over_processes)
     monkeypatch.setattr(torch.nn.parallel, 'DistributedDataParallel', MinimalVLM.eval)
     monkeypatch.setenv('WORLD_SIZE', '2')
@@ -3618,6 +3620,7 @@ def test_each_process_trains_on_its_share_of_a_batch(run, monkeypatch):
     monkeypatch.setattr(MinimalVLM, 'forward', noting)
     run(*QUICK, '--max_iters=1')
     monkeypatch.setattr(train.dist, 'init_process_group', do_nothing)
+    monkeypatch.setattr(train.dist, 'destroy_process_group', do_nothing)
     monkeypatch.setattr(train.dist, 'all_reduce', do_nothing)
     monkeypatch.setattr(torch.nn.parallel, 'DistributedDataParallel', MinimalVLM.eval)
     monkeypatch.setattr(sys, 'stdout', sys.stdout)

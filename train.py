@@ -457,9 +457,8 @@ def make_model(texts):
     if init_from == 'pretrained':
         names = {'nanovlm': 'siglip-b-16,smollm2-135m'}.get(preset, 'siglip-b-16,gpt2')
     published = {}
-    if names != 'scratch':
-        for name in names.split(','):
-            published |= read_config(name.strip())
+    for name in [name for name in names.split(',') if name != 'scratch']:
+        published |= read_config(name.strip())
     cfg = vars(PRESETS[preset]) | published
     tok = Tokenizer.make(tokenizer or cfg['tokenizer'], texts, vocab_size or cfg['vocab_size'])
     if 'text' not in published:  # else the published decoder fixes it
@@ -510,6 +509,7 @@ def main(argv=None):
         sys.stdout = open(os.devnull, 'w')
     if world > 1:
         dist.init_process_group(timeout=datetime.timedelta(hours=2))  # rank 0 evaluates alone
+        atexit.register(dist.destroy_process_group)  # else its threads may abort the process at exit
     precision = torch.autocast(where.type, getattr(torch, dtype), enabled=dtype != 'float32')
     scaler = torch.amp.GradScaler(where.type, enabled=dtype == 'float16')
     torch.set_float32_matmul_precision('high')
