@@ -129,7 +129,7 @@ def rope_angles(cfg, pos):
     """Cosine and sine of each channel pair's rotation angle at positions pos, (S,) or (B,S)."""
     D = cfg.n_embd // cfg.n_head
     exponent = torch.arange(0, D, 2, device=pos.device) / D  # one per pair, from 0 to almost 1
-    angle = pos[..., None] * cfg.rope_base**-exponent  # (...,S,D/2), smaller in later pairs
+    angle = pos[..., None] * cfg.rope_base**-exponent  # (...,S,D/2), later pairs turn slower
     return torch.stack([angle.cos(), angle.sin()]).unsqueeze(-3)  # (2,1,S,D/2) or (2,B,1,S,D/2)
 
 def apply_rope(x, rope):
@@ -283,7 +283,7 @@ def pixel_shuffle(x, f):
     return x.reshape(B, g * g, f * f * C)
 
 class MultimodalProjection(nn.Module):
-    # to add one: a branch here (and in forward), its name in VLMConfig.projection, its tokens in n_visual
+    # to add one: a branch here and in forward, its name in VLMConfig.projection, its token count in n_visual
     def __init__(self, cfg, n_in):
         super().__init__()
         self.kind, self.factor = cfg.projection, cfg.factor
@@ -293,7 +293,7 @@ class MultimodalProjection(nn.Module):
         else:  # one linear map; as in nanoVLM, pixel_shuffle has no bias
             self.proj = nn.Linear(n_in, n_out, bias=self.kind != 'pixel_shuffle')
         if self.kind == 'perceiver':  # after Flamingo: learned queries cross-attend to the features
-            self.norm = make_norm(cfg.text)  # of the features; the resampler norms the latents
+            self.norm = make_norm(cfg.text)  # of the features; the blocks norm the latents
             self.latents = nn.Parameter(0.02 * torch.randn(cfg.n_latents, n_out))
             self.resampler = Transformer(replace(cfg.text, n_layer=2))
     def forward(self, x):
@@ -317,7 +317,7 @@ class LanguageDecoder(nn.Module):
         self.embedding = nn.Embedding(cfg.vocab_size, C)  # its weight is also the output head: tied
         self.input_norm = nn.LayerNorm(C, elementwise_affine=False) if cfg.input_norm else nn.Identity()
         if self.cfg.position == 'learned':
-            std = 0.5 if cfg.input_norm else 0.02  # 0.02 is negligible next to inputs of std 1
+            std = 0.5 if cfg.input_norm else 0.02  # inputs of std 1 would drown 0.02
             self.position_embedding = nn.Parameter(std * torch.randn(cfg.block_size, C))
         self.transformer = Transformer(cfg.text, causal=True)
     def head(self, h):
@@ -358,7 +358,7 @@ class MinimalVLM(nn.Module):
             for block in getattr(stack, 'blocks', []):
                 for layer in (block.attn.out, block.mlp.down):  # smaller, since many of them add up
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
-        # self-attention only (not the Perceiver): start with q = k, so tokens attend to similar tokens; small
+        # in self-attention (not the Perceiver), q and k start equal, so tokens attend to similar ones; small
         # models then learn to ground words in the image sooner (mimetic initialization, arXiv 2305.09828)
         for attn in [*self.vision.modules(), *self.decoder.modules()]:
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
@@ -392,7 +392,7 @@ class MinimalVLM(nn.Module):
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
         h = h[is_scored]
-        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # to 256s: CPUs compile a kernel per length
+        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # multiples of 256: CPUs compile few kernels
         logits = self.decoder.head(padded)[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
@@ -429,7 +429,7 @@ class MinimalVLM(nn.Module):
     @classmethod
     def from_pretrained(cls, names, cfg=None):
         """Loads public weights. names: one, or 'encoder,decoder'; each a repository, a folder, an alias or a
-        ResNet. Parts not in the files start from scratch. cfg replaces the published config."""
+        ResNet. Parts not in the files start from scratch. cfg is used instead of the published one."""
         names = [name.strip() for name in names.split(',')]
         published = {key: x for name in names for key, x in read_config(name).items()}
         model = cls(cfg or VLMConfig(**published))
@@ -465,8 +465,8 @@ def read_table(text):
     columns = list(zip(*[line.split() for line in text.strip().splitlines()]))
     return {column[0]: dict(zip(columns[0][1:], column[1:])) for column in columns[1:]}
 
-# Published names of our layers, before .weight or .bias; position_embedding's is whole. #: block number.
-# -: none. .T: the weight is stored (in, out), transposed. [i]: ours is the i-th third of the rows (q, k, v)
+# Published names of our layers, without .weight or .bias (of position_embedding: the full name). #: block
+# number. -: none. .T: stored (in, out), so transpose it. [i]: ours is third i (0, 1, 2) of the rows
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
 stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
@@ -501,7 +501,7 @@ PREFIX = r'^(transformer|vision_model|model)\.'  # before all names in some file
 # tensors we ignore: SigLIP's text half and pooling head, GPT-2's masks, RoPE tables
 UNUSED = r'text_model\..*|logit_\w+|head\..*|.*\.attn\.(masked_)?bias|.*inv_freq'
 
-# what config.json calls our settings; where it lacks a key, the default in BASES or read_config stays
+# config.json's names for our settings; a missing key leaves the default of BASES or read_config
 CONFIG_NAMES = read_table("""
 ours            siglip               gpt2                llama                    nanovlm-text  nanovlm-vision
 n_layer         num_hidden_layers    n_layer             num_hidden_layers        lm_n_blocks   vit_n_blocks
@@ -525,7 +525,7 @@ SUPPORTED = {  # keys of config.json that we cannot vary: they must have this va
 BASES = [('siglip', 'vision', SIGLIP_B), ('gpt2', 'text', GPT2), ('llama', 'text', LLAMA),
          ('nanovlm-vision', 'vision', SIGLIP_B), ('nanovlm-text', 'text', LLAMA)]
 IMAGE_FIELDS = ('encoder', 'stem', 'image_size', 'patch_size', 'image_mean', 'image_std')
-IMAGE_DEFAULTS = {field: getattr(VLMConfig, field) for field in IMAGE_FIELDS}  # replace a preset's
+IMAGE_DEFAULTS = {field: getattr(VLMConfig, field) for field in IMAGE_FIELDS}  # instead of a preset's
 ALIASES = {'siglip-b-16': 'google/siglip-base-patch16-224', 'gpt2': 'openai-community/gpt2',
            'smollm2-135m': 'HuggingFaceTB/SmolLM2-135M', 'nanovlm-222m': 'lusxvr/nanoVLM-222M'}
 
@@ -619,7 +619,7 @@ def load_weights(model, path):
         tensors.setdefault('decoder.token_embedding.weight', head)
     used = set()
     for part, table in [(part, table) for part in NAMES for table in NAMES[part].values()]:
-        if list(table.values())[-1] + '.weight' not in tensors:  # without its last layer, no part
+        if list(table.values())[-1] + '.weight' not in tensors:  # the last row tells if the part is there
             continue
         for name, parameter in getattr(model, part).named_parameters():
             theirs, transpose, third = published_name(name, table)
@@ -710,7 +710,7 @@ class Tokenizer:
         path = os.path.expanduser(name) if name.endswith('.json') else fetch(name, 'tokenizer.json')
         data = read_json(path)
         model = data.get('model') or {}
-        check({'vocab', 'merges', 'added_tokens'} <= {*data, *model}, f'{path}: no byte-level BPE')
+        check('added_tokens' in data and {'vocab', 'merges'} <= {*model}, f'{path} is not a BPE')
         vocab = model['vocab']
         special = {t['content']: t['id'] for t in data['added_tokens']}
         pre = data.get('pre_tokenizer') or {}
@@ -766,7 +766,7 @@ def learn_bpe(texts, vocab_size):
 def open_image(path, size):
     """An image file as 8-bit RGB, upright. A JPEG is decoded at reduced size, never below size."""
     try:
-        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # size warnings
+        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # of huge images
             image.draft('RGB', (size, size))
             return to_rgb(image)
     except Exception as e:  # broken files make Pillow raise almost anything
@@ -798,7 +798,7 @@ def encode_prompt(tokenizer, cfg, prompt):
     ids = tokenizer.encode(cfg.prompt_template.replace('{}', prompt))
     limit = (cfg.block_size - cfg.n_visual) // 2
     if len(ids) > limit:
-        after = tokenizer.encode(cfg.prompt_template.split('{}')[1])  # this end leads to the answer: keep it
+        after = tokenizer.encode(cfg.prompt_template.split('{}')[1])  # keep this end: the answer follows it
         ids = (ids[: max(0, limit - len(after))] + after)[-limit:]
     return ids
 
