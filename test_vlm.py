@@ -5,6 +5,7 @@ Every test holds the code against something outside it: another implementation, 
 way.
 """
 import csv
+import http.server
 import json
 import math
 import multiprocessing
@@ -15,6 +16,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import urllib.error
 from collections import Counter
 from dataclasses import replace
 
@@ -75,7 +78,7 @@ def assert_one_line(error):
 
 # the files --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('name, limit', [
-    ('vlm.py', 850), ('train.py', 640), ('sample.py', 180), ('test_vlm.py', 5000), ('README.md', 250)])
+    ('vlm.py', 850), ('train.py', 640), ('sample.py', 250), ('test_vlm.py', 5000), ('README.md', 250)])
 def test_the_files_keep_to_their_length_and_width(name, limit):
     lines = (HERE / name).read_text(encoding='utf-8').splitlines()
 
@@ -1371,20 +1374,38 @@ def test_a_hostile_safetensors_file_is_refused_as_by_the_safetensors_package(tmp
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A folder that stands for the hub, with what PyTorch would have downloaded from it."""
+    """A folder, served over HTTP as the hub serves its files; what was downloaded; and a list of flags: while
+    one is in it, a download takes it out and ends halfway."""
     folder = tmp_path / 'hub'
     downloads = []
+    cuts = []
 
-    def download(url, path):
-        downloads.append(url)
-        file = url.removeprefix('https://huggingface.co/').replace('/resolve/main/', '/')
-        pathlib.Path(path).write_bytes((folder / file).read_bytes())
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            file = folder / self.path[1:].replace('/resolve/main/', '/')
+            if not file.is_file():
+                return self.send_error(404)
+            downloads.append(self.path)
+            data = file.read_bytes()
+            self.send_response(200)
+            self.send_header('Content-Length', len(data))
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2] if cuts and cuts.pop() else data)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv('HF_ENDPOINT', f'http://127.0.0.1:{server.server_port}')
+    monkeypatch.setenv('no_proxy', '*')
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'cache'))
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
-    return folder, downloads
+    yield folder, downloads, cuts
+    server.shutdown()
+    server.server_close()
 
 def test_a_repository_is_downloaded_once(hub):
-    folder, downloads = hub
+    folder, downloads, _ = hub
     expected = write_nanovlm(folder / 'owner' / 'nano')
     images, ids = some_input(NANO)
 
@@ -1392,10 +1413,51 @@ def test_a_repository_is_downloaded_once(hub):
         model = MinimalVLM.from_pretrained('owner/nano')
         assert torch.equal(model(images, ids)[0], expected(images, ids)[0])
 
-    address = 'https://huggingface.co/owner/nano/resolve/main/'
+    address = '/owner/nano/resolve/main/'
     assert downloads == [address + 'config.json', address + 'model.safetensors']
 
-def test_offline_the_address_and_the_place_for_the_file_are_named(hub, tmp_path):
+def test_a_download_that_ends_early_is_repeated(hub, tmp_path):
+    folder, downloads, cuts = hub
+    (folder / 'owner' / 'big').mkdir(parents=True)
+    (folder / 'owner' / 'big' / 'file').write_bytes(bytes(range(256)) * 999)
+    cuts += [True, True]
+
+    path = vlm.fetch('owner/big', 'file')
+
+    assert open(path, 'rb').read() == bytes(range(256)) * 999
+    assert len(downloads) == 3
+    assert os.listdir(tmp_path / 'cache' / 'vlm' / 'owner' / 'big') == ['file']
+
+def test_a_download_that_always_ends_early_leaves_no_file_that_looks_complete(hub, tmp_path):
+    folder, downloads, cuts = hub
+    (folder / 'owner' / 'big').mkdir(parents=True)
+    (folder / 'owner' / 'big' / 'file').write_bytes(bytes(999))
+    cuts += [True, True, True]
+
+    with pytest.raises(UserError, match='only 499 out of 999 bytes') as error:
+        vlm.fetch('owner/big', 'file')
+
+    assert_one_line(error)
+    assert not (tmp_path / 'cache' / 'vlm' / 'owner' / 'big' / 'file').exists()
+    assert vlm.fetch('owner/big', 'file') == str(tmp_path / 'cache' / 'vlm' / 'owner' / 'big' / 'file')
+
+def test_a_large_download_reports_its_progress(hub, capsys):
+    folder, _, _ = hub
+    (folder / 'owner' / 'big').mkdir(parents=True)
+    (folder / 'owner' / 'big' / 'file').write_bytes(bytes(20_000_000))
+
+    vlm.fetch('owner/big', 'file')
+
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split('resolve/main/')[1] for line in lines] == [
+        'file: 0 of 20 MB', 'file: 8 of 20 MB', 'file: 16 of 20 MB']
+
+def test_offline_the_address_and_the_place_for_the_file_are_named(hub, tmp_path, monkeypatch):
+    def no_network(*arguments):
+        raise urllib.error.URLError('no network')
+    monkeypatch.delenv('HF_ENDPOINT')
+    monkeypatch.setattr('urllib.request.urlretrieve', no_network)
+
     with pytest.raises(UserError) as error:
         MinimalVLM.from_pretrained('nanovlm-222m')
 
@@ -1403,6 +1465,7 @@ def test_offline_the_address_and_the_place_for_the_file_are_named(hub, tmp_path)
     assert 'https://huggingface.co/lusxvr/nanoVLM-222M/resolve/main/config.json' in str(error.value)
     place = tmp_path / 'cache' / 'vlm' / 'lusxvr' / 'nanoVLM-222M' / 'config.json'
     assert str(place) in str(error.value)
+    assert 'python train.py' in str(error.value)
     write_nanovlm(place.parent)
     assert MinimalVLM.from_pretrained('nanovlm-222m').cfg == NANO
 
@@ -1666,7 +1729,7 @@ def test_a_checkpoint_is_whole_on_the_disk_before_it_replaces_the_old_one(tmp_pa
     ('nanovlm-222m', 'lusxvr/nanoVLM-222M'),
 ])
 def test_an_alias_stands_for_a_repository(hub, alias, repository):
-    with pytest.raises(UserError, match=f'https://huggingface.co/{repository}/resolve/main/config.json'):
+    with pytest.raises(UserError, match=f'/{repository}/resolve/main/config.json'):
         vlm.read_config(alias)
 
 # vlm.py, 9. tokenizers ---------------------------------------------------------------------------------
@@ -1756,7 +1819,7 @@ def test_streamed_text_never_breaks_a_character():
     assert pieces == ['a', '', '\u00e9', '', '', '', '\U0001f600', '!', '']
     assert tokenizer.decode(tokenizer.encode('\U0001f600')[:2]) == '\ufffd'
 
-def train_tokenizer(path, digits):
+def train_tokenizer(path, digits, vocab_size=600):
     """A tokenizer.json, learned and written by the package that published models use."""
     tk = pytest.importorskip('tokenizers')
     tokenizer = tk.Tokenizer(tk.models.BPE())
@@ -1767,7 +1830,7 @@ def train_tokenizer(path, digits):
         tokenizer.pre_tokenizer = tk.pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = tk.decoders.ByteLevel()
     trainer = tk.trainers.BpeTrainer(
-        vocab_size=600,
+        vocab_size=vocab_size,
         special_tokens=['<|endoftext|>', '<pad>'],
         initial_alphabet=byte_level.alphabet(),
         show_progress=False,
@@ -1801,7 +1864,7 @@ def test_a_tokenizer_json_gives_the_same_ids_after_a_checkpoint(tmp_path, digits
         assert tokenizer.encode(text) == theirs.encode(text).ids, repr(text)
 
 def test_a_tokenizer_json_is_found_by_its_path_and_in_a_repository(hub):
-    folder, downloads = hub
+    folder, downloads, _ = hub
     (folder / 'owner' / 'words').mkdir(parents=True)
     path = folder / 'owner' / 'words' / 'tokenizer.json'
     theirs = train_tokenizer(path, digits=True)
@@ -1811,7 +1874,7 @@ def test_a_tokenizer_json_is_found_by_its_path_and_in_a_repository(hub):
         assert tokenizer.encode('the cat 12') == theirs.encode('the cat 12').ids
         assert tokenizer.name == name
 
-    assert downloads == ['https://huggingface.co/owner/words/resolve/main/tokenizer.json']
+    assert downloads == ['/owner/words/resolve/main/tokenizer.json']
 
 SPLIT = dict(type='Split', pattern={'Regex': '\\s+'}, behavior='Isolated', invert=False)
 NOT_COMPUTED = {
@@ -3446,6 +3509,23 @@ def test_public_weights_keep_their_vocabulary_when_the_tokenizer_is_smaller(tmp_
     assert end['config']['vocab_size'] == 300
     assert torch.equal(end['model']['decoder.embedding.weight'], theirs.lm_head.weight)
 
+def test_any_pair_of_repositories_is_downloaded_and_trained(hub, run):
+    folder, downloads, _ = hub
+    eyes = write_published('siglip_vision_model', folder / 'owner' / 'eyes').state_dict()
+    words = write_published('llama', folder / 'owner' / 'words')
+    train_tokenizer(folder / 'owner' / 'words' / 'tokenizer.json', digits=True, vocab_size=300)
+
+    end = run(*QUICK, '--tokenizer=', '--init_from=owner/eyes,owner/words', '--freeze=vision,decoder')
+
+    position = next(x for name, x in eyes.items() if name.endswith('position_embedding.weight'))
+    assert torch.equal(end['model']['vision.position_embedding'], position)
+    assert torch.equal(end['model']['decoder.embedding.weight'], words.lm_head.weight)
+    assert end['config']['tokenizer'] == 'owner/words'
+    assert end['step'] == 2
+    files = ['/'.join(path.split('/')[2:3] + path.split('/')[-1:]) for path in downloads]
+    assert files == ['eyes/config.json', 'words/config.json', 'words/tokenizer.json',
+                     'eyes/model.safetensors', 'words/model.safetensors']
+
 def test_the_logged_loss_is_a_mean_over_the_batches_of_a_step(tmp_path, run):
     run(*QUICK, '--max_iters=1', '--gradient_accumulation_steps=3')
 
@@ -3791,8 +3871,8 @@ def test_several_samples_are_several_answers(folder, talk):
 
     _, printed, _ = talk(*arguments, '--temperature=1', '--top_p=1', '--seed=1')
 
-    assert printed.count('\n- ') == 4
-    assert len(set(printed.split('\n- '))) > 2
+    assert printed.count(f'{folder}/a.png: ') == 4
+    assert len(set(printed.split(f'{folder}/a.png: '))) > 2
 
 def test_an_answer_ends_at_the_end_of_text_token(trained, talk):
     train.Shapes('val', 3)[0][0].save(trained[0] / 'scene.png')
@@ -3870,12 +3950,12 @@ def test_a_bad_picture_is_named_and_the_others_are_answered(folder, talk):
     (folder / 'bad.png').write_text('not a picture')
 
     code, printed, errors = talk(f'--out_dir={folder}', f'--image={folder}/bad.png,{folder}/b.png',
-                                 '--max_new_tokens=2')
+                                 '--max_new_tokens=2', '--dtype=float32')
 
     assert code == 1
     assert 'bad.png' in errors
-    assert errors.count('\n') == 1
-    assert f'{folder}/b.png\n' in printed
+    assert errors.count('\n') == 2  # and the progress
+    assert printed == f'{folder}/b.png: {answer_of(folder, "b.png", "", 2)}\n'
 
 def test_without_an_image_a_scene_is_drawn_beside_the_checkpoint(folder, talk):
     talk(f'--out_dir={folder}', '--max_new_tokens=2', '--seed=3')
@@ -3914,13 +3994,13 @@ def test_top_k_is_that_of_the_model(folder, talk):
     _, printed, _ = talk(f'--out_dir={folder}', f'--image={folder}/a.png', '--dtype=float32', '--top_k=1',
                          '--num_samples=3', '--temperature=1', '--top_p=1', '--max_new_tokens=6')
 
-    assert printed.count('\n- ' + answer_of(folder, 'a.png', '', 6)) == 3
+    assert printed.count(f'{folder}/a.png: ' + answer_of(folder, 'a.png', '', 6)) == 3
 
 def test_a_seed_gives_the_same_samples_again(folder, talk):
     def samples(seed):
         _, printed, _ = talk(f'--out_dir={folder}', f'--image={folder}/a.png', '--num_samples=2',
                              '--temperature=1', '--top_p=1', '--max_new_tokens=6', f'--seed={seed}')
-        return printed.split('[first token')[0]
+        return printed
 
     assert samples(1) == samples(1) != samples(2)
 
@@ -4024,19 +4104,18 @@ def test_a_tilde_before_a_picture_is_the_home_folder(folder, monkeypatch):
 
     assert sample.find_pictures() == [f'{folder}/a.png', f'{folder}/b.png']
 
-def test_the_speed_counts_the_tokens_of_all_samples(folder, talk, monkeypatch):
-    """By a clock that goes on by a second each time it is read: 3 tokens a second."""
+def test_the_speed_is_that_of_the_tokens_after_the_first(folder, talk, monkeypatch):
+    """By a clock that goes on by half a second each time it is read."""
     class Clock:
         now = 0
         def time(self):
-            self.now += 1
+            self.now += 0.5
             return self.now
     monkeypatch.setattr('time.time', Clock().time)
 
-    _, printed, _ = talk(f'--out_dir={folder}', f'--image={folder}/a.png', '--num_samples=3',
-                         '--temperature=1', '--top_p=1', '--max_new_tokens=6', '--seed=1')
+    _, printed, _ = talk(f'--out_dir={folder}', f'--image={folder}/a.png', '--max_new_tokens=6')
 
-    assert 'then 3 tokens/s' in printed
+    assert printed.endswith('[first token after 500 ms, then 2 tokens/s]\n')
 
 def test_nothing_is_said_but_the_choices_where_choices_are_ranked(folder, talk):
     _, printed, _ = talk(f'--out_dir={folder}', f'--image={folder}/b.png', '--choices=yes,no',
@@ -4062,7 +4141,7 @@ def test_a_low_temperature_or_top_p_gives_greedy_answers(folder, talk, options):
     _, printed, _ = talk(f'--out_dir={folder}', f'--image={folder}/a.png', '--dtype=float32',
                          '--num_samples=3', '--max_new_tokens=6', *options.split())
 
-    assert printed.count('\n- ' + answer_of(folder, 'a.png', '', 6)) == 3
+    assert printed.count(f'{folder}/a.png: ' + answer_of(folder, 'a.png', '', 6)) == 3
 
 def test_an_answer_has_at_most_max_new_tokens_tokens(folder, talk, monkeypatch):
     monkeypatch.setattr(vlm, 'sample_top_p', lambda *options: torch.tensor([[65]]))  # the byte of A
@@ -4077,4 +4156,182 @@ def test_each_sample_is_printed_in_a_line_of_its_own(folder, talk, monkeypatch):
     _, printed, _ = talk(f'--out_dir={folder}', f'--image={folder}/a.png', '--num_samples=3',
                          '--temperature=1', '--max_new_tokens=2')
 
-    assert printed.splitlines()[1:4] == ['- AA', '- BB', '- CC']
+    assert printed.splitlines() == [f'{folder}/a.png: {answer}' for answer in ('AA', 'BB', 'CC')]
+
+@pytest.fixture
+def photos(folder):
+    """Five more pictures, in a folder of their own."""
+    (folder / 'photos').mkdir()
+    for i in range(5):
+        torch.manual_seed(i)
+        noise = torch.randint(0, 256, (20, 20, 3), dtype=torch.uint8)
+        Image.frombytes('RGB', (20, 20), bytes(noise.flatten().tolist())).save(folder / f'photos/{i}.png')
+    return folder / 'photos'
+
+def test_pictures_are_answered_in_batches_as_each_one_alone(folder, photos, talk, monkeypatch):
+    def embed_and_look(model, images, ids):
+        if images is not None:
+            sizes.append(len(images))
+        return embed(model, images, ids)
+    expected = [f'{photos}/{i}.png: {answer_of(photos.parent, f"photos/{i}.png", "", 6)}' for i in range(5)]
+    sizes = []
+    embed = MinimalVLM.embed
+    monkeypatch.setattr(MinimalVLM, 'embed', embed_and_look)
+
+    _, printed, errors = talk(f'--out_dir={folder}', f'--image={photos}', '--batch_size=2',
+                              '--max_new_tokens=6', '--dtype=float32')
+
+    assert printed.splitlines() == expected
+    assert sizes == [2, 2, 1]
+    assert [line[:16] for line in errors.splitlines()] == [f'[{left} pictures left' for left in (3, 1, 0)]
+
+def test_the_time_left_is_that_of_the_pictures_left(folder, photos, talk, monkeypatch):
+    """By a clock that goes on by a minute each time it is read: two pictures a minute."""
+    class Clock:
+        now = 0
+        def time(self):
+            self.now += 60
+            return self.now
+    monkeypatch.setattr('time.time', Clock().time)
+
+    _, _, errors = talk(f'--out_dir={folder}', f'--image={photos}', '--batch_size=2', '--max_new_tokens=2')
+
+    assert errors.splitlines()[0] == '[3 pictures left, 30.00 s each: 1.5 min]'
+    assert errors.splitlines()[1] == '[1 pictures left, 30.00 s each: 0.5 min]'
+
+def test_saved_answers_are_a_data_set_for_training(folder, photos, talk, monkeypatch):
+    (folder / 'tables').mkdir()
+    table = folder / 'tables' / 'captions.csv'
+    monkeypatch.chdir(folder)
+
+    talk('--out_dir=.', '--image=photos', f'--save={table}', '--max_new_tokens=6', '--dtype=float32')
+
+    texts, place = train.find_images(str(table))
+    answers = [answer_of(folder, f'photos/{i}.png', '', 6) for i in range(5)]
+    assert texts == {f'../photos/{i}.png': [('', answers[i])] for i in range(5)}
+    assert place == str(folder / 'tables')
+
+def test_saving_goes_on_where_it_was_stopped(folder, photos, talk, monkeypatch, capsys):
+    def stop_at_the_second_batch(model, *inputs, **options):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(inputs)
+        return generate(model, *inputs, **options)
+    calls = []
+    generate = MinimalVLM.generate
+    arguments = [f'--out_dir={folder}', f'--image={photos}', f'--save={folder}/c.csv', '--batch_size=2',
+                 '--max_new_tokens=3', '--dtype=float32']
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MinimalVLM, 'generate', stop_at_the_second_batch)
+        talk(*arguments)
+    capsys.readouterr()
+    rows_after_the_stop = list(csv.DictReader(open(folder / 'c.csv')))
+    _, printed, errors = talk(*arguments)
+    _, printed_again, _ = talk(*arguments)
+
+    rows = list(csv.DictReader(open(folder / 'c.csv')))
+    assert [row['image'] for row in rows_after_the_stop] == ['photos/0.png', 'photos/1.png']
+    assert [row['image'] for row in rows] == [f'photos/{i}.png' for i in range(5)]
+    assert printed.count('\n') == 3
+    assert '2 of 5 pictures are in it' in errors
+    assert printed_again == ''
+
+def test_a_saved_answer_is_one_line_even_with_line_breaks_in_it(folder, talk, monkeypatch):
+    tokens = iter([65, 10, 66, 256])
+    monkeypatch.setattr(vlm, 'sample_top_p', lambda *options: torch.tensor([[next(tokens)]]))
+
+    talk(f'--out_dir={folder}', f'--image={folder}/a.png', f'--save={folder}/c.csv', '--temperature=1')
+
+    assert (folder / 'c.csv').read_text() == 'image,caption\na.png,A B\n'
+
+def test_an_empty_answer_is_not_saved(folder, talk, monkeypatch):
+    monkeypatch.setattr(vlm, 'sample_top_p', lambda *options: torch.tensor([[256]]))  # end-of-text
+
+    talk(f'--out_dir={folder}', f'--image={folder}/a.png', f'--save={folder}/c.csv')
+
+    assert (folder / 'c.csv').read_text() == 'image,caption\n'
+
+@pytest.mark.parametrize('content, words', [
+    ('image,prompt,answer\n', 'does not begin with image,caption'),
+    ('my diary', 'last line is not complete'),
+    ('image,caption\na.png,A c', 'last line is not complete'),
+    (b'\xff\xfe\n', 'cannot be read'),
+])
+def test_a_file_that_is_no_table_of_answers_is_left_alone(folder, talk, content, words):
+    path = folder / 'c.csv'
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    with pytest.raises(UserError, match=words) as error:
+        talk(f'--out_dir={folder}', f'--image={folder}/b.png', f'--save={path}')
+
+    assert_one_line(error)
+    assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode())
+
+@pytest.mark.parametrize('arguments, words', [
+    ('--image=a.png --save=nowhere/c.csv', 'save=nowhere/c.csv cannot be read and written'),
+    ('--image=nowhere.png', 'image=nowhere.png: no picture found'),
+    ('--image=a.png --choices=yes,no --save=c.csv', 'choices are only ranked'),
+    ('--image=a.png --choices=yes,no --attention=look.png', 'choices are only ranked'),
+    ('--image=a.png --save=c.csv --attention=look.png', 'attention is for one picture'),
+    ('--image=a.png --num_samples=2 --temperature=1 --attention=look.png', 'attention is for one picture'),
+    ('--image=a.png --batch_size=0', 'batch_size must be at least 1'),
+])
+def test_mistakes_are_found_before_a_model_is_loaded(folder, talk, monkeypatch, arguments, words):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sample, 'load_model', lambda where: pytest.fail('a model was loaded'))
+
+    with pytest.raises(UserError, match=words) as error:
+        talk(*arguments.split())
+
+    assert_one_line(error)
+
+def test_a_model_that_knows_only_drawn_shapes_says_so_about_a_picture(trained, talk):
+    train.Shapes('val', 3)[0][0].save(trained[0] / 'scene.png')
+
+    _, _, about_a_picture = talk(f'--out_dir={trained[0]}', f'--image={trained[0]}/scene.png')
+    _, _, about_its_scene = talk(f'--out_dir={trained[0]}')
+
+    command = f'python sample.py --init_from=nanovlm-222m --image="{trained[0]}/scene.png"\n'
+    assert about_a_picture.startswith('This model only knows drawn shapes.')
+    assert about_a_picture.endswith(command)
+    assert about_its_scene == ''
+
+def test_a_model_of_photos_does_not_say_that_it_knows_only_shapes(folder, talk):
+    settings = dict(dataset='photos/captions.csv')
+    model, tok, _ = load_checkpoint(str(folder / 'ckpt.pt'))
+    save_checkpoint(str(folder / 'ckpt.pt'), model, tok, settings=settings)
+
+    _, _, errors = talk(f'--out_dir={folder}', f'--image={folder}/a.png', '--max_new_tokens=2')
+
+    assert errors == ''
+
+def test_without_a_checkpoint_the_public_nanovlm_is_downloaded_once(hub, folder, talk, monkeypatch):
+    repositories, downloads, _ = hub
+    model = write_nanovlm(repositories / 'lusxvr' / 'nanoVLM-222M')
+    (repositories / 'owner' / 'tokenizer').mkdir(parents=True)
+    path = repositories / 'owner' / 'tokenizer' / 'tokenizer.json'
+    tok = train_tokenizer(path, digits=True, vocab_size=300)
+    pixels = image_transform(NANO)(open_image(str(folder / 'a.png'), 32))[None]
+    prompt = tok.encode('Question: What is this? Answer:').ids
+    row = model.generate(pixels, torch.tensor([prompt]), 5, temperature=0, stop=0)[0, len(prompt):]
+    monkeypatch.chdir(folder.parent)
+
+    for _ in range(2):
+        _, printed, errors = talk('--out_dir=nothing', f'--image={folder}/a.png', '--max_new_tokens=5',
+                                  '--dtype=float32')
+        assert printed.splitlines()[1].strip() == tok.decode(row.tolist()).strip()
+
+    assert 'There is no nothing/ckpt.pt. Using the public nanoVLM-222M' in errors
+    assert '888 MB' in errors and str(torch.hub.get_dir()) in errors
+    files = [path.split('/')[-1] for path in downloads]
+    assert files == ['config.json', 'model.safetensors', 'tokenizer.json']
+
+def test_without_a_checkpoint_and_a_picture_nothing_is_downloaded(hub, folder, talk, monkeypatch):
+    monkeypatch.chdir(folder)
+
+    with pytest.raises(UserError, match='there is no checkpoint nothing/ckpt.pt') as error:
+        talk('--out_dir=nothing')
+
+    assert_one_line(error)
+    assert not (folder / 'nothing').exists()

@@ -13,7 +13,7 @@ V vocabulary. In attention: T queries of any kind, S keys, H heads, K key/value 
 References: ViT arXiv 2010.11929, SigLIP 2303.15343, LLaVA 2304.08485, Flamingo 2204.14198,
 Llama 2302.13971, RoPE 2104.09864, nucleus (top-p) sampling 1904.09751, BPE 1508.07909.
 """
-import argparse, codecs, contextlib, difflib, json, math, mmap, os, re, warnings
+import argparse, codecs, contextlib, difflib, json, math, mmap, os, re, sys, urllib.request, warnings
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, get_args
@@ -95,8 +95,7 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
         check_choices(self)
         check(self.vision.position == 'learned', "position='rope' is for the decoder only")
         check(self.encoder == 'vit' or self.patch_size == 32, 'a ResNet needs patch_size=32')
-        conv = self.encoder == 'vit' and self.stem == 'conv'
-        check(not conv or self.patch_size == 8, "stem='conv' needs patch_size=8")
+        check(self.stem == 'patch' or self.patch_size == 8, "stem='conv' needs patch_size=8")
         P, cell = self.image_size, self.patch_size * self.factor
         check(P >= cell > 0 and P % cell == 0, f'image_size={P} must be a multiple of {cell}')
         check(self.prompt_template.count('{}') == 1, 'prompt_template must contain {} once')
@@ -107,11 +106,11 @@ GPT2 = TransformerConfig(n_layer=12, n_head=12, n_embd=768, activation='gelu_tan
 LLAMA = TransformerConfig(norm='rms', norm_eps=1e-5, activation='swiglu', position='rope', bias=False)
 SMOLLM2_135M = replace(LLAMA, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536, rope_base=1e5)
 SLIM = TransformerConfig(n_layer=4, n_head=8, n_embd=128, bias=False)
-SCRATCH = dict(image_size=64, patch_size=8, stem='conv', projection='pixel_shuffle', input_norm=True)
+COMMON = dict(image_size=64, patch_size=8, stem='conv', projection='pixel_shuffle', input_norm=True)
 PRESETS = {  # visual tokens (N,C): tiny and small (16,128), base (196,768), nanovlm (49,576)
-    'tiny': VLMConfig(replace(SLIM, n_layer=1), SLIM, vocab_size=512, block_size=112, **SCRATCH),
+    'tiny': VLMConfig(replace(SLIM, n_layer=1), SLIM, vocab_size=512, block_size=112, **COMMON),
     'small': VLMConfig(replace(SLIM, n_layer=1, n_head=4, dropout=0.1), replace(SLIM, n_head=4, dropout=0.1),
-                       vocab_size=4096, block_size=160, **SCRATCH),
+                       vocab_size=4096, block_size=160, **COMMON),
     'base': VLMConfig(SIGLIP_B, GPT2, tokenizer='gpt2'),
     'nanovlm': VLMConfig(SIGLIP_B, SMOLLM2_135M, projection='pixel_shuffle', vocab_size=49152,
                          tokenizer='HuggingFaceTB/cosmo2-tokenizer', prompt_template='Question: {} Answer:',
@@ -180,9 +179,8 @@ class Attention(nn.Module):
         v = self.v(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
-        is_causal = self.causal and mask is None
-        if x.size(1) == 1:  # one token, behind a cache
-            is_causal = False  # it may see all keys; is_causal would let it see only the first key
+        # one token behind a cache may see all keys: it needs no mask. is_causal would show it only the first
+        is_causal = self.causal and mask is None and x.size(1) > 1
         if cache is not None:
             assert cache.k is None or x.size(1) == 1  # several tokens would need a mask
             k, v = cache.update(k, v)
@@ -435,7 +433,7 @@ class MinimalVLM(nn.Module):
         model = cls(cfg or VLMConfig(**published))
         for name in names:
             if name in ('resnet18', 'resnet50'):
-                check(model.cfg.encoder == name, f'{name}: the model has encoder={model.cfg.encoder}')
+                check(model.cfg.encoder == name, f'{name}: the model has a {model.cfg.encoder}')
                 model.vision = ResNetEncoder(model.cfg, weights='DEFAULT')
             else:
                 load_weights(model, fetch(name, 'model.safetensors'))
@@ -525,7 +523,7 @@ SUPPORTED = {  # keys of config.json that we cannot vary: they must have this va
 BASES = [('siglip', 'vision', SIGLIP_B), ('gpt2', 'text', GPT2), ('llama', 'text', LLAMA),
          ('nanovlm-vision', 'vision', SIGLIP_B), ('nanovlm-text', 'text', LLAMA)]
 IMAGE_FIELDS = ('encoder', 'stem', 'image_size', 'patch_size', 'image_mean', 'image_std')
-IMAGE_DEFAULTS = {field: getattr(VLMConfig, field) for field in IMAGE_FIELDS}  # instead of a preset's
+IMAGE_DEFAULTS = {field: getattr(VLMConfig, field) for field in IMAGE_FIELDS}  # not a preset's
 ALIASES = {'siglip-b-16': 'google/siglip-base-patch16-224', 'gpt2': 'openai-community/gpt2',
            'smollm2-135m': 'HuggingFaceTB/SmolLM2-135M', 'nanovlm-222m': 'lusxvr/nanoVLM-222M'}
 
@@ -536,24 +534,28 @@ def fetch(name, file):
     repository = ALIASES.get(name, name)
     known = re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', repository)
     check(known, f'{name} is not a folder, an owner/name repository or one of {list(ALIASES)}')
-    url = f'https://huggingface.co/{repository}/resolve/main/{file}'
+    url = f'{os.environ.get("HF_ENDPOINT", "https://huggingface.co")}/{repository}/resolve/main/{file}'
     path = os.path.join(torch.hub.get_dir(), 'vlm', repository, file)
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+    def show(blocks, size, total):  # at every 5 % of a large file
+        if blocks % max(1000, total // size // 20) == 0:
+            print(f'{url}: {blocks * size / 1e6:.0f} of {total / 1e6:.0f} MB', file=sys.stderr)
+    tries = 0
+    while not os.path.exists(path):
+        tries += 1
         try:
-            torch.hub.download_url_to_file(url, path)
-        except OSError as e:
-            raise UserError(f'cannot download {url} ({e}); retry, or put the file at {path}') from e
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            part, _ = urllib.request.urlretrieve(url, f'{path}.{os.getpid()}', show)
+            os.replace(part, path)
+        except OSError as e:  # also ContentTooShortError, if the connection was lost
+            check(tries < 3, f'cannot get {url} ({e}): put it at {path}, or train your own: python train.py')
     return path
 
 def read_json(path):
     try:
         with open(path, encoding='utf-8') as f:
-            data = json.load(f)
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f'{path} cannot be read ({e})') from e
-    check(isinstance(data, dict), f'{path} is not a JSON object')
-    return data
+            return dict(json.load(f))
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise UserError(f'{path} is not a JSON object ({e})') from e
 
 def read_config(name):
     """The fields of VLMConfig that a published model fixes, as a dict to merge over those of any preset."""
@@ -567,12 +569,11 @@ def read_config(name):
     c |= c.get('vision_config') or c.get('rope_parameters') or {}  # SigLIP and Llama nest some keys
     for key, value in SUPPORTED[kind].items():
         check(c.get(key, value) == value, f'{path}: {key}={c.get(key)} must be {value}')
+    config = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)  # a decoder
     if kind == 'nanovlm':
         config = vars(PRESETS['nanovlm'])  # its fields, as a dict
     elif kind == 'siglip':
         config = IMAGE_DEFAULTS
-    else:  # gpt2, llama
-        config = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)
     for column, part, base in BASES:
         if column.startswith(kind):  # nanoVLM has two columns, vision and text
             found = {field: c[key] for field, key in CONFIG_NAMES[column].items() if c.get(key) is not None}
@@ -720,7 +721,7 @@ class Tokenizer:
         required = dict(add_prefix_space=False, use_regex=True, individual_digits=True)
         supported = all(step.get(key, value) == value for step in steps for key, value in required.items())
         check(pieces and supported and not data.get('normalizer'), f'{path}: unsupported pre-tokenizer')
-        ids = [vocab[''.join(merge).replace(' ', '')] for merge in model['merges']]  # 'a b' or [a, b]
+        ids = [vocab[''.join(merge).replace(' ', '')] for merge in model['merges']]  # 'a b', [a, b]
         check(END in special and ids == sorted(ids), f'{path}: no {END}, or ids not in merge order')
         # undo GPT-2's alphabet: printable bytes map to themselves, the rest to chr(256) upwards
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -787,8 +788,7 @@ def to_rgb(image):
     return image.convert('RGB')
 
 def image_transform(cfg):  # RGB Pillow image -> uint8 (3,P,P), squashed to a square
-    size = (cfg.image_size, cfg.image_size)
-    return transforms.Compose([transforms.Resize(size), transforms.PILToTensor()])
+    return transforms.Compose([transforms.Resize([cfg.image_size] * 2), transforms.PILToTensor()])
 
 def encode_prompt(tokenizer, cfg, prompt):
     """Token ids of the prompt in its template, cut to half the room for text. No prompt: end-of-text."""
