@@ -27,6 +27,7 @@ import torchvision
 from PIL import Image
 from torch.nn import functional as F
 
+import data
 import sample
 import train
 import vlm
@@ -78,7 +79,8 @@ def assert_one_line(error):
 
 # the files --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('name, limit', [
-    ('vlm.py', 850), ('train.py', 640), ('sample.py', 250), ('test_vlm.py', 5000), ('README.md', 250)])
+    ('vlm.py', 850), ('data.py', 350), ('train.py', 500), ('sample.py', 180), ('test_vlm.py', 5000),
+    ('README.md', 250)])
 def test_the_files_keep_to_their_length_and_width(name, limit):
     lines = (HERE / name).read_text(encoding='utf-8').splitlines()
 
@@ -1700,7 +1702,7 @@ def test_spaces_between_the_names_of_public_weights_are_skipped(tmp_path):
 def test_a_resnet_is_refused_by_a_model_with_another_encoder(monkeypatch):
     monkeypatch.setattr(vlm, 'ResNetEncoder', lambda cfg, weights: pytest.fail('it would be loaded'))
 
-    with pytest.raises(UserError, match='resnet18: the model has encoder=vit') as error:
+    with pytest.raises(UserError, match='resnet18: the model has a vit') as error:
         MinimalVLM.from_pretrained('resnet18', CFG)
 
     assert_one_line(error)
@@ -2238,8 +2240,8 @@ def test_an_abbreviated_setting_is_refused(capsys):
     assert stop.value.code == 2
     assert 'unknown setting --batch' in capsys.readouterr().err
 
-# train.py, drawn scenes -------------------------------------------------------------------------------
-NINE_PLACES = sorted(train.PLACES, key=len, reverse=True)  # 'at the top left' before 'at the top'
+# data.py, drawn scenes --------------------------------------------------------------------------------
+NINE_PLACES = sorted(data.PLACES, key=len, reverse=True)  # 'at the top left' before 'at the top'
 THING = rf'({"|".join(NINE_PLACES)}) a (small|large) (\w+) (\w+)'
 NEVER = 'red circle|green square|blue triangle|yellow diamond|orange star|purple cross'  # in training
 
@@ -2270,41 +2272,41 @@ def answer_by_the_caption(question, caption):
     return 'left' if columns[words[2]] < columns[words[-1]] else 'right'
 
 def test_a_scene_comes_from_seed_split_and_index_alone():
-    image, texts = train.Shapes('train', 1)[5]
-    data = train.Shapes('train', 1)
-    data[3]
+    image, texts = data.Shapes('train', 1)[5]
+    scenes = data.Shapes('train', 1)
+    scenes[3]
     random.seed(9)
 
-    again, same_texts = data[5]
+    again, same_texts = scenes[5]
 
     assert again.tobytes() == image.tobytes()
     assert same_texts == texts
     for split, seed, i in [('train', 1, 6), ('train', 2, 5), ('val', 1, 5)]:
-        assert train.Shapes(split, seed)[i][1] != texts
+        assert data.Shapes(split, seed)[i][1] != texts
 
 @pytest.mark.parametrize('split', ['train', 'val'])
 def test_training_and_validation_neither_show_nor_name_an_unseen_pair(split):
-    data = train.Shapes(split, 3)
+    scenes = data.Shapes(split, 3)
 
-    for texts in (data[i][1] for i in range(400)):
+    for texts in (scenes[i][1] for i in range(400)):
         assert not pairs_in(texts) & set(NEVER.split('|'))
         assert not re.search(NEVER, str(texts))
 
 def test_the_novel_split_shows_unseen_pairs_only():
-    data = train.Shapes('novel', 3)
+    scenes = data.Shapes('novel', 3)
 
-    seen = set().union(*[pairs_in(data[i][1]) for i in range(100)])
+    seen = set().union(*[pairs_in(scenes[i][1]) for i in range(100)])
 
     assert seen == set(NEVER.split('|'))
 
 def test_captions_tell_the_color_at_each_place_in_reading_order():
-    data = train.Shapes('val', 5, pixels=200)
+    scenes = data.Shapes('val', 5, pixels=200)
 
-    for image, texts in (data[i] for i in range(100)):
+    for image, texts in (scenes[i] for i in range(100)):
         things = re.findall(THING, texts[0][1])
-        colors = {place: train.COLORS[color] for place, _, color, _ in things}
-        assert list(colors) == [place for place in train.PLACES if place in colors]
-        for i, place in enumerate(train.PLACES):
+        colors = {place: data.COLORS[color] for place, _, color, _ in things}
+        assert list(colors) == [place for place in data.PLACES if place in colors]
+        for i, place in enumerate(data.PLACES):
             x = 42 + 58 * (i % 3)
             y = 42 + 58 * (i // 3)
             around = [image.getpixel((x + dx, y + dy)) for dx in (-8, 0, 8) for dy in (-8, 0, 8)]
@@ -2324,11 +2326,11 @@ OUTLINES = {
 }
 
 def test_captions_tell_the_shape_and_the_size_of_a_thing():
-    data = train.Shapes('val', 5, pixels=400)
+    scenes = data.Shapes('val', 5, pixels=400)
     seen = set()
 
     for i in range(400):
-        image, texts = data[i]
+        image, texts = scenes[i]
         things = re.findall(THING, texts[0][1])
         if len(things) > 1:
             continue
@@ -2345,25 +2347,25 @@ def test_captions_tell_the_shape_and_the_size_of_a_thing():
     assert len(seen) == 12
 
 def test_answers_agree_with_the_caption_of_the_scene():
-    data = train.Shapes('train', 9)
+    scenes = data.Shapes('train', 9)
     answers = Counter()
 
     for i in range(200):
-        texts = data[i][1]
+        texts = scenes[i][1]
         for question, answer in texts[1:]:
             assert answer == answer_by_the_caption(question, texts[0][1]), (question, texts)
             answers[answer] += 1
 
     known = 'zero one two three yes no left right'.split()
-    assert set(answers) == {*known, *train.COLORS, *train.SHAPES}
+    assert set(answers) == {*known, *data.COLORS, *data.SHAPES}
     assert 0.8 < answers['yes'] / answers['no'] < 1.25
     assert 0.8 < answers['left'] / answers['right'] < 1.25
 
 def test_wrong_choices_hold_the_other_colors_of_the_picture():
-    data = train.Shapes('train', 9)
+    scenes = data.Shapes('train', 9)
     places = Counter()
 
-    for texts in (data[i][1] for i in range(200)):
+    for texts in (scenes[i][1] for i in range(200)):
         for question, answer in texts[1:]:
             if ':' in question:
                 options = re.findall(r'\w+', question.split(':')[1].replace(' or ', ' '))
@@ -2377,17 +2379,17 @@ def test_wrong_choices_hold_the_other_colors_of_the_picture():
 def test_absent_pairs_whose_color_and_shape_are_both_there_are_asked_for_twice_as_often():
     """Beside a red circle and a blue square, 12 absent pairs share something with each, two of them both."""
     rng = random.Random(0)
-    scene = [train.Thing('red', 'circle', 'small', 0, 0.2, 0.2, 0.1),
-             train.Thing('blue', 'square', 'small', 8, 0.8, 0.8, 0.1)]
+    scene = [data.Thing('red', 'circle', 'small', 0, 0.2, 0.2, 0.1),
+             data.Thing('blue', 'square', 'small', 8, 0.8, 0.8, 0.1)]
 
-    asked = [train.ask_existence(scene, rng, train.PAIRS) for _ in range(8000)]
+    asked = [data.ask_existence(scene, rng, data.PAIRS) for _ in range(8000)]
 
     absent = [question for question, answer in asked if answer == 'no']
     crossed = [question for question in absent if re.search('red square|blue circle', question)]
     assert len(absent) / len(asked) == pytest.approx(1 / 2, abs=0.02)
     assert len(crossed) / len(absent) == pytest.approx(4 / 14, abs=0.03)
 
-# train.py, photos with captions -----------------------------------------------------------------------
+# data.py, photos with captions ------------------------------------------------------------------------
 @pytest.fixture
 def settings(tmp_path, capfd):
     """The settings of train.py, which a test may change: they are restored after it."""
@@ -2635,7 +2637,7 @@ def assert_same_batches(some, others):
 
 def test_batch_n_is_the_same_however_it_is_reached(settings):
     def make():
-        return train.Batches(train.Shapes('train', 3), TINY, BYTES, augment=True)
+        return train.Batches(data.Shapes('train', 3), TINY, BYTES, augment=True)
     train.batch_size = 3
     batches = make()
     in_order = [batches[n] for n in range(4)]
@@ -2693,7 +2695,7 @@ def test_augmentation_changes_pixels_and_mirrors_about_half(settings):
     assert len({pixels.numpy().tobytes() for pixels in changed}) > 190
 
 def test_without_augmentation_nothing_changes(settings):
-    picture = train.Shapes('train')[0][0]
+    picture = data.Shapes('train')[0][0]
 
     pixels = train.make_transform(TINY)(picture)
 
@@ -2702,7 +2704,7 @@ def test_without_augmentation_nothing_changes(settings):
 @pytest.mark.parametrize('augment', [False, True])
 def test_a_blind_run_sees_black(settings, augment):
     train.blind = True
-    picture = train.Shapes('train')[0][0]
+    picture = data.Shapes('train')[0][0]
 
     pixels = train.make_transform(TINY, augment)(picture)
 
@@ -2715,7 +2717,7 @@ def first_batches(batches, first):
 def test_workers_make_the_batches_that_one_process_makes(settings):
     train.batch_size = 3
     train.seed = 5
-    batches = train.Batches(train.Shapes('train'), TINY, BYTES, augment=True)
+    batches = train.Batches(data.Shapes('train'), TINY, BYTES, augment=True)
     alone = first_batches(batches, 2)
     train.num_workers = 2
 
@@ -2727,16 +2729,16 @@ def test_workers_make_the_batches_that_one_process_makes(settings):
 @pytest.mark.parametrize('workers', [0, 1])
 def test_a_user_error_in_a_worker_arrives_as_one_line(tmp_path, settings, workers):
     train.num_workers = workers
-    data = train.CaptionedImages({'lost.png': [('', 'a')]}, tmp_path)
+    photos = data.CaptionedImages({'lost.png': [('', 'a')]}, tmp_path)
 
     with pytest.raises(UserError) as error:
-        first_batches(train.Batches(data, TINY, BYTES), 0)
+        first_batches(train.Batches(photos, TINY, BYTES), 0)
 
     assert str(error.value).split('UserError: ')[-1].startswith('none of the 1 images')
 
 def test_no_worker_is_left_after_an_evaluation(settings):
     train.num_workers = 1
-    loading = train.load(train.Batches(train.Shapes('val'), TINY, BYTES), range(3), torch.device('cpu'))
+    loading = train.load(train.Batches(data.Shapes('val'), TINY, BYTES), range(3), torch.device('cpu'))
     before = multiprocessing.active_children()
 
     next(loading)
@@ -2745,6 +2747,20 @@ def test_no_worker_is_left_after_an_evaluation(settings):
 
     assert len(during) == len(before) + 1
     assert multiprocessing.active_children() == before
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_outlives_the_signals_that_stop_a_run(number):
+    """A spawned worker does not inherit the handlers of the run: it has to ignore them itself."""
+    child = os.fork()
+    if child == 0:
+        signal.signal(number, signal.SIG_DFL)
+        train.ignore_signals(0)
+        os.kill(os.getpid(), number)
+        os._exit(7)
+
+    _, status = os.waitpid(child, 0)
+
+    assert os.waitstatus_to_exitcode(status) == 7
 
 def test_a_run_with_workers_ends_after_an_error(tmp_path):
     """Not forever waiting for the workers, which ignore SIGTERM so that they outlive it until the save."""
@@ -2767,7 +2783,7 @@ def test_batches_keep_their_settings_in_a_spawned_worker_which_has_the_defaults(
     train.seed = 5
     train.batch_size = 3
     train.texts_per_image = 2
-    batches = train.Batches(train.Shapes('train'), TINY, BYTES)
+    batches = train.Batches(data.Shapes('train'), TINY, BYTES)
     expected = batches[0]
 
     train.seed = 1337
@@ -3028,16 +3044,16 @@ def test_held_out_losses_are_means_over_tokens(settings, capfd, monkeypatch):
     assert f'step 7: held-out loss {own:.4f}' in capfd.readouterr().out
 
 def test_held_out_items_are_always_the_same_and_of_the_kind_that_is_asked_for(monkeypatch):
-    monkeypatch.setattr(train.Shapes, 'n_images', 50)
-    data = train.Shapes('val', 1)
+    monkeypatch.setattr(data.Shapes, 'n_images', 50)
+    scenes = data.Shapes('val', 1)
 
-    captions = train.choose_items(data, 20, 'caption')
-    questions = train.choose_items(data, 20, 'question')
-    again = train.choose_items(data, 20, 'question')
+    captions = train.choose_items(scenes, 20, 'caption')
+    questions = train.choose_items(scenes, 20, 'question')
+    again = train.choose_items(scenes, 20, 'question')
 
-    scenes = {scene.tobytes(): texts for scene, texts in map(data.__getitem__, range(50))}
-    assert all(texts == scenes[scene.tobytes()][:1] for scene, texts in captions)
-    assert all(text in scenes[scene.tobytes()][1:] for scene, [text] in questions)
+    texts_of = {scene.tobytes(): texts for scene, texts in map(scenes.__getitem__, range(50))}
+    assert all(texts == texts_of[scene.tobytes()][:1] for scene, texts in captions)
+    assert all(text in texts_of[scene.tobytes()][1:] for scene, [text] in questions)
     assert [texts for _, texts in questions] == [texts for _, texts in again]
 
 def test_held_out_items_come_from_all_over_the_data_set():
@@ -3134,7 +3150,7 @@ def test_an_evaluation_after_training_steps_is_without_dropout(settings, monkeyp
     assert own == pytest.approx(expected, abs=1e-5)
 
 def test_held_out_questions_are_of_all_kinds():
-    items = train.choose_items(train.Shapes('val', 1), 100, 'question')
+    items = train.choose_items(data.Shapes('val', 1), 100, 'question')
 
     kinds = Counter(' '.join(prompt.split()[:2]) for _, [(prompt, _)] in items)
     assert set(kinds) == {'is there', 'how many', 'is the', 'what color', 'what shape'}
@@ -3196,12 +3212,12 @@ def read_log(folder):
         return list(csv.DictReader(f))
 
 def test_the_device_and_the_dtype_must_be_there():
-    assert sample.find_device('cpu', 'bfloat16') == (torch.device('cpu'), 'bfloat16')
+    assert train.find_device('cpu', 'bfloat16') == (torch.device('cpu'), 'bfloat16')
     with pytest.raises(UserError, match='device=tpu') as error:
-        sample.find_device('tpu', 'float32')
+        train.find_device('tpu', 'float32')
     assert_one_line(error)
     with pytest.raises(UserError, match='dtype=float8') as error:
-        sample.find_device('cpu', 'float8')
+        train.find_device('cpu', 'float8')
     assert_one_line(error)
 
 def test_a_run_writes_a_log_a_page_of_samples_and_a_checkpoint(tmp_path, settings, capfd):
@@ -3395,14 +3411,18 @@ def test_each_rank_has_its_own_dropout_in_each_step(run, monkeypatch):
 
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
-def test_a_run_that_is_terminated_stops_after_a_step_and_saves(tmp_path):
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_ends_after_a_step_and_saves(tmp_path, number):
+    """The signal goes to all its processes, as Ctrl-C does."""
     command = [sys.executable, HERE / 'train.py', *QUICK, '--max_iters=99999', '--num_workers=1']
     where = dict(cwd=tmp_path, env=ENVIRONMENT, start_new_session=True)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **where)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, **pipes, **where)
     for line in process.stdout:
         if line.startswith('step 2/'):
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, number)
 
+    assert process.stderr.read() == ''
     assert process.wait() == 0
     step = int(re.match(r'stopped at step (\d+)', line)[1])
     assert 2 <= step < 99999
@@ -3467,7 +3487,7 @@ def test_photos_are_decoded_no_smaller_than_the_model_sees_them(tmp_path, run, m
         sizes.append(size)
         return open_image(path, size)
     sizes = []
-    monkeypatch.setattr(train, 'open_image', opening)
+    monkeypatch.setattr(data, 'open_image', opening)
     make_photos(tmp_path / 'photos/dark', 12)
 
     run(*QUICK, f'--dataset={tmp_path}/photos', *options)
@@ -3760,7 +3780,7 @@ def test_the_time_of_evaluations_is_not_that_of_steps(run, monkeypatch, capfd):
 def test_a_cpu_computes_in_bfloat16_only_where_it_has_instructions_for_it(monkeypatch, capable, dtype):
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx512_bf16': capable})
 
-    assert sample.find_device('cpu', 'auto') == (torch.device('cpu'), dtype)
+    assert train.find_device('cpu', 'auto') == (torch.device('cpu'), dtype)
 
 def test_a_folder_renamed_to_out_is_resumed_there(tmp_path, run, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -3819,8 +3839,8 @@ def test_attention_points_at_what_is_named(trained):
     layers = [block.attn for block in model.decoder.transformer.blocks]
     hits = []
     for i in range(60):
-        image, texts = train.Shapes('val', 5)[i]
-        scene = train.Shapes('val', 5).make_scene(random.Random(f'5 val {i}'))
+        image, texts = data.Shapes('val', 5)[i]
+        scene = data.Shapes('val', 5).make_scene(random.Random(f'5 val {i}'))
         ids = [tok.end, *tok.encode(' ' + texts[0][1])]
         for attn in layers:
             attn.keep_map = True
@@ -3875,7 +3895,7 @@ def test_several_samples_are_several_answers(folder, talk):
     assert len(set(printed.split(f'{folder}/a.png: '))) > 2
 
 def test_an_answer_ends_at_the_end_of_text_token(trained, talk):
-    train.Shapes('val', 3)[0][0].save(trained[0] / 'scene.png')
+    data.Shapes('val', 3)[0][0].save(trained[0] / 'scene.png')
 
     _, printed, _ = talk(f'--out_dir={trained[0]}', f'--image={trained[0]}/scene.png', '--dtype=float32')
 
@@ -3908,7 +3928,7 @@ def brightness(image):  # of 4 x 4 cells
     return torch.tensor(list(cells.tobytes())).float()
 
 def test_the_picture_of_attention_is_bright_where_the_model_looked_for_each_word(trained, talk):
-    train.Shapes('val', 5)[1][0].save(trained[0] / 'scene.png')
+    data.Shapes('val', 5)[1][0].save(trained[0] / 'scene.png')
     model, tok, _ = load_checkpoint(str(trained[0] / 'ckpt.pt'))
     layers = [block.attn for block in model.decoder.transformer.blocks]
     for attn in layers:
@@ -3934,7 +3954,7 @@ def test_the_picture_of_attention_is_bright_where_the_model_looked_for_each_word
         share = brightness(tile) / scene
         assert torch.corrcoef(torch.stack([share, expected]))[0, 1] > 0.9, n
 
-def test_image_is_a_file_a_list_a_folder_or_a_pattern(folder, talk, monkeypatch):
+def test_image_is_a_file_a_list_a_folder_or_a_pattern(folder, monkeypatch):
     monkeypatch.chdir(folder)
     (folder / 'notes.txt').write_text('no picture')
     Image.new('RGB', (9, 9)).save(folder / 'c[1].png')
@@ -3943,8 +3963,7 @@ def test_image_is_a_file_a_list_a_folder_or_a_pattern(folder, talk, monkeypatch)
              'c[1].png': ['c[1].png'], '.': ['./a.png', './b.png', './c1.png', './c[1].png']}
 
     for given, expected in cases.items():
-        monkeypatch.setattr(sample, 'image', given)
-        assert sample.find_pictures() == expected
+        assert data.find_pictures(given) == expected
 
 def test_a_bad_picture_is_named_and_the_others_are_answered(folder, talk):
     (folder / 'bad.png').write_text('not a picture')
@@ -3960,7 +3979,7 @@ def test_a_bad_picture_is_named_and_the_others_are_answered(folder, talk):
 def test_without_an_image_a_scene_is_drawn_beside_the_checkpoint(folder, talk):
     talk(f'--out_dir={folder}', '--max_new_tokens=2', '--seed=3')
 
-    expected = train.Shapes('val', 3, pixels=512)[0][0]
+    expected = data.Shapes('val', 3, pixels=512)[0][0]
     assert Image.open(folder / 'drawn.png').tobytes() == expected.tobytes()
 
 @pytest.mark.parametrize('arguments, message', [
@@ -4004,15 +4023,14 @@ def test_a_seed_gives_the_same_samples_again(folder, talk):
 
     assert samples(1) == samples(1) != samples(2)
 
-def test_pictures_of_a_folder_may_have_endings_in_capitals(folder, monkeypatch):
+def test_pictures_of_a_folder_may_have_endings_in_capitals(folder):
     Image.new('RGB', (9, 9)).save(folder / 'IMG_1.JPG')
-    monkeypatch.setattr(sample, 'image', str(folder))
 
-    assert f'{folder}/IMG_1.JPG' in sample.find_pictures()
+    assert f'{folder}/IMG_1.JPG' in data.find_pictures(str(folder))
 
 @pytest.mark.parametrize('pictures, path, words', [
-    ('a.png,b.png', 'look.png', 'one picture at a time'),
-    ('a.png', 'nowhere/look.png', 'nowhere/look.png is not a .png file in an existing folder'),
+    ('a.png,b.png', 'look.png', 'attention needs one picture'),
+    ('a.png', 'nowhere/look.png', 'nowhere/look.png: not a .png file in an existing folder'),
 ])
 def test_attention_that_cannot_be_drawn_is_refused(folder, talk, monkeypatch, pictures, path, words):
     monkeypatch.chdir(folder)
@@ -4036,9 +4054,8 @@ def test_the_attention_to_a_perceiver_is_not_drawn(folder, talk):
 def test_the_name_of_a_picture_may_have_a_comma(folder, monkeypatch):
     monkeypatch.chdir(folder)
     Image.new('RGB', (9, 9)).save('me, at sea.png')
-    monkeypatch.setattr(sample, 'image', 'me, at sea.png')
 
-    assert sample.find_pictures() == ['me, at sea.png']
+    assert data.find_pictures('me, at sea.png') == ['me, at sea.png']
 
 def test_init_from_is_another_checkpoint(folder, talk):
     os.rename(folder / 'ckpt.pt', folder / 'other.pt')
@@ -4098,11 +4115,18 @@ def test_the_attention_of_an_empty_answer_is_not_drawn(folder, talk, monkeypatch
     assert code == 0
     assert not (folder / 'look.png').exists()
 
+def test_each_picture_is_found_once_and_only_pictures_are(folder):
+    (folder / '._a.png').write_text('of a Mac')
+    (folder / 'a.pdf').write_text('Pillow writes these, but does not read them')
+
+    paths = data.find_pictures(f'{folder}/*,{folder}/a.png,{folder},')
+
+    assert paths == [f'{folder}/a.png', f'{folder}/b.png']
+
 def test_a_tilde_before_a_picture_is_the_home_folder(folder, monkeypatch):
     monkeypatch.setenv('HOME', str(folder))
-    monkeypatch.setattr(sample, 'image', '~/a.png, ~/b.png')
 
-    assert sample.find_pictures() == [f'{folder}/a.png', f'{folder}/b.png']
+    assert data.find_pictures('~/a.png, ~/b.png') == [f'{folder}/a.png', f'{folder}/b.png']
 
 def test_the_speed_is_that_of_the_tokens_after_the_first(folder, talk, monkeypatch):
     """By a clock that goes on by half a second each time it is read."""
@@ -4124,6 +4148,11 @@ def test_nothing_is_said_but_the_choices_where_choices_are_ranked(folder, talk):
     lines = printed.splitlines()
     assert lines[0] == f'{folder}/b.png'
     assert sorted(line.split()[1] for line in lines[1:]) == ['no', 'yes']
+
+def test_an_empty_choice_is_none(folder, talk):
+    _, printed, _ = talk(f'--out_dir={folder}', f'--image={folder}/b.png', '--choices=yes,, no,')
+
+    assert sorted(line.split()[1] for line in printed.splitlines()[1:]) == ['no', 'yes']
 
 def test_nothing_is_generated_after_the_end_of_text_token(folder, talk, monkeypatch):
     def end(*options):
@@ -4183,7 +4212,8 @@ def test_pictures_are_answered_in_batches_as_each_one_alone(folder, photos, talk
 
     assert printed.splitlines() == expected
     assert sizes == [2, 2, 1]
-    assert [line[:16] for line in errors.splitlines()] == [f'[{left} pictures left' for left in (3, 1, 0)]
+    assert [line.split(',')[0] for line in errors.splitlines()] == [
+        f'sample.py: {left} pictures left' for left in (3, 1, 0)]
 
 def test_the_time_left_is_that_of_the_pictures_left(folder, photos, talk, monkeypatch):
     """By a clock that goes on by a minute each time it is read: two pictures a minute."""
@@ -4196,8 +4226,8 @@ def test_the_time_left_is_that_of_the_pictures_left(folder, photos, talk, monkey
 
     _, _, errors = talk(f'--out_dir={folder}', f'--image={photos}', '--batch_size=2', '--max_new_tokens=2')
 
-    assert errors.splitlines()[0] == '[3 pictures left, 30.00 s each: 1.5 min]'
-    assert errors.splitlines()[1] == '[1 pictures left, 30.00 s each: 0.5 min]'
+    assert errors.splitlines()[0] == 'sample.py: 3 pictures left, 30.00 s each: 1.5 min'
+    assert errors.splitlines()[1] == 'sample.py: 1 pictures left, 30.00 s each: 0.5 min'
 
 def test_saved_answers_are_a_data_set_for_training(folder, photos, talk, monkeypatch):
     (folder / 'tables').mkdir()
@@ -4206,7 +4236,7 @@ def test_saved_answers_are_a_data_set_for_training(folder, photos, talk, monkeyp
 
     talk('--out_dir=.', '--image=photos', f'--save={table}', '--max_new_tokens=6', '--dtype=float32')
 
-    texts, place = train.find_images(str(table))
+    texts, place = data.find_images(str(table))
     answers = [answer_of(folder, f'photos/{i}.png', '', 6) for i in range(5)]
     assert texts == {f'../photos/{i}.png': [('', answers[i])] for i in range(5)}
     assert place == str(folder / 'tables')
@@ -4234,8 +4264,20 @@ def test_saving_goes_on_where_it_was_stopped(folder, photos, talk, monkeypatch, 
     assert [row['image'] for row in rows_after_the_stop] == ['photos/0.png', 'photos/1.png']
     assert [row['image'] for row in rows] == [f'photos/{i}.png' for i in range(5)]
     assert printed.count('\n') == 3
-    assert '2 of 5 pictures are in it' in errors
+    assert '3 of 5 pictures still to do' in errors
     assert printed_again == ''
+
+def test_answers_to_a_question_are_saved_with_it(folder, photos, talk):
+    arguments = [f'--out_dir={folder}', f'--image={photos}', f'--save={folder}/c.csv', '--dtype=float32',
+                 '--max_new_tokens=3']
+
+    talk(*arguments, '--prompt=who?')
+    talk(*arguments, '--prompt=why?')
+
+    texts, _ = data.find_images(str(folder / 'c.csv'))
+    for i in range(5):
+        answers = [(asked, answer_of(folder, f'photos/{i}.png', asked, 3)) for asked in ('who?', 'why?')]
+        assert texts[f'photos/{i}.png'] == answers
 
 def test_a_saved_answer_is_one_line_even_with_line_breaks_in_it(folder, talk, monkeypatch):
     tokens = iter([65, 10, 66, 256])
@@ -4254,9 +4296,10 @@ def test_an_empty_answer_is_not_saved(folder, talk, monkeypatch):
 
 @pytest.mark.parametrize('content, words', [
     ('image,prompt,answer\n', 'does not begin with image,caption'),
-    ('my diary', 'last line is not complete'),
+    ('my diary', 'does not begin with image,caption'),
     ('image,caption\na.png,A c', 'last line is not complete'),
-    (b'\xff\xfe\n', 'cannot be read'),
+    ('image,caption\na.png,"A c\n', 'cannot be continued'),
+    (b'\xff\xfe\n', 'does not begin with image,caption'),
 ])
 def test_a_file_that_is_no_table_of_answers_is_left_alone(folder, talk, content, words):
     path = folder / 'c.csv'
@@ -4269,12 +4312,15 @@ def test_a_file_that_is_no_table_of_answers_is_left_alone(folder, talk, content,
     assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode())
 
 @pytest.mark.parametrize('arguments, words', [
-    ('--image=a.png --save=nowhere/c.csv', 'save=nowhere/c.csv cannot be read and written'),
+    ('--image=a.png --save=nowhere/c.csv', 'save=nowhere/c.csv cannot be continued'),
     ('--image=nowhere.png', 'image=nowhere.png: no picture found'),
-    ('--image=a.png --choices=yes,no --save=c.csv', 'choices are only ranked'),
-    ('--image=a.png --choices=yes,no --attention=look.png', 'choices are only ranked'),
-    ('--image=a.png --save=c.csv --attention=look.png', 'attention is for one picture'),
-    ('--image=a.png --num_samples=2 --temperature=1 --attention=look.png', 'attention is for one picture'),
+    ('--image=a.png --choices=yes,no --save=c.csv', 'choices excludes'),
+    ('--image=a.png --choices=,', 'choices=, must be answers'),
+    ('--save=c.csv', 'save needs an image'),
+    ('--image=a.png --save=c.json', 'c.json must end in .csv'),
+    ('--image=a.png --choices=yes,no --attention=look.png', 'choices excludes'),
+    ('--image=a.png --save=c.csv --attention=look.png', 'attention needs one picture'),
+    ('--image=a.png --num_samples=2 --temperature=1 --attention=look.png', 'attention needs one picture'),
     ('--image=a.png --batch_size=0', 'batch_size must be at least 1'),
 ])
 def test_mistakes_are_found_before_a_model_is_loaded(folder, talk, monkeypatch, arguments, words):
@@ -4287,13 +4333,13 @@ def test_mistakes_are_found_before_a_model_is_loaded(folder, talk, monkeypatch, 
     assert_one_line(error)
 
 def test_a_model_that_knows_only_drawn_shapes_says_so_about_a_picture(trained, talk):
-    train.Shapes('val', 3)[0][0].save(trained[0] / 'scene.png')
+    data.Shapes('val', 3)[0][0].save(trained[0] / 'scene.png')
 
     _, _, about_a_picture = talk(f'--out_dir={trained[0]}', f'--image={trained[0]}/scene.png')
     _, _, about_its_scene = talk(f'--out_dir={trained[0]}')
 
     command = f'python sample.py --init_from=nanovlm-222m --image="{trained[0]}/scene.png"\n'
-    assert about_a_picture.startswith('This model only knows drawn shapes.')
+    assert about_a_picture.startswith('sample.py: this model only knows drawn shapes; ')
     assert about_a_picture.endswith(command)
     assert about_its_scene == ''
 
@@ -4322,7 +4368,7 @@ def test_without_a_checkpoint_the_public_nanovlm_is_downloaded_once(hub, folder,
                                   '--dtype=float32')
         assert printed.splitlines()[1].strip() == tok.decode(row.tolist()).strip()
 
-    assert 'There is no nothing/ckpt.pt. Using the public nanoVLM-222M' in errors
+    assert 'no nothing/ckpt.pt: using the public nanoVLM-222M' in errors
     assert '888 MB' in errors and str(torch.hub.get_dir()) in errors
     files = [path.split('/')[-1] for path in downloads]
     assert files == ['config.json', 'model.safetensors', 'tokenizer.json']

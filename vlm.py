@@ -148,8 +148,7 @@ def attend(q, k, v, mask=None):
     return att @ v, att  # (B,H,T,S) x (B,H,S,D) -> (B,H,T,D)
 
 class KVCache:  # the keys (after RoPE) and values (B,K,S,D) that one layer has computed so far
-    def __init__(self):
-        self.k = self.v = None
+    k = v = None
     def update(self, k, v):  # appends the new keys and values, returns all of them
         if self.k is not None:
             k = torch.cat([self.k, k], dim=2)
@@ -179,8 +178,9 @@ class Attention(nn.Module):
         v = self.v(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
-        # one token behind a cache may see all keys: it needs no mask. is_causal would show it only the first
-        is_causal = self.causal and mask is None and x.size(1) > 1
+        is_causal = self.causal and mask is None
+        if x.size(1) == 1:  # one token, behind a cache
+            is_causal = False  # it may see all keys; is_causal would let it see only the first key
         if cache is not None:
             assert cache.k is None or x.size(1) == 1  # several tokens would need a mask
             k, v = cache.update(k, v)
