@@ -165,7 +165,7 @@ def main(argv=None):
     else:
         for path, answer in answer_in_batches(model, tok, paths, ids, options, failed):
             print(f'{path}: {answer}')
-            if save and answer:  # train.py cannot learn from an empty one
+            if save:
                 append(path, answer)
     sys.exit(len(failed) > 0)
 

@@ -3008,6 +3008,19 @@ def test_samples_are_green_where_they_are_exact(tmp_path, settings, overfitted):
         colors = {color for _, color in below.getcolors(9999)}
         assert ((0, 128, 0) in colors, (178, 34, 34) in colors) == (n < 2, n >= 2)
 
+def test_samples_are_short_even_if_a_model_with_a_long_block_never_ends(tmp_path, settings, monkeypatch):
+    def letter(*options):
+        tokens.append(65)
+        return torch.tensor([[65]])
+    tokens = []
+    monkeypatch.setattr(vlm, 'sample_top_p', letter)
+    model = build(replace(TINY, block_size=4000))
+    items = [(Image.new('RGB', (64, 64)), [('', 'a')])]
+
+    train.draw_samples(model, BYTES, items, tmp_path / 'samples.png')
+
+    assert 100 <= len(tokens) <= 200
+
 def do_nothing(*args, **options):
     pass
 
@@ -4287,12 +4300,12 @@ def test_a_saved_answer_is_one_line_even_with_line_breaks_in_it(folder, talk, mo
 
     assert (folder / 'c.csv').read_text() == 'image,caption\na.png,A B\n'
 
-def test_an_empty_answer_is_not_saved(folder, talk, monkeypatch):
+def test_an_empty_answer_is_saved_too_so_that_its_picture_is_done(folder, talk, monkeypatch):
     monkeypatch.setattr(vlm, 'sample_top_p', lambda *options: torch.tensor([[256]]))  # end-of-text
 
     talk(f'--out_dir={folder}', f'--image={folder}/a.png', f'--save={folder}/c.csv')
 
-    assert (folder / 'c.csv').read_text() == 'image,caption\n'
+    assert (folder / 'c.csv').read_text() == 'image,caption\na.png,\n'
 
 @pytest.mark.parametrize('content, words', [
     ('image,prompt,answer\n', 'does not begin with image,caption'),

@@ -248,7 +248,7 @@ def draw_samples(model, tok, items, path):
     for n, (image, [(prompt, truth)]) in enumerate(items):
         pixels = make_transform(model.cfg)(image)[None].to(where)
         ids = torch.tensor([encode_prompt(tok, model.cfg, prompt)], device=where)
-        row = model.generate(pixels, ids, model.cfg.block_size, temperature=0, stop=tok.end)[0]
+        row = model.generate(pixels, ids, 150, temperature=0, stop=tok.end)[0]  # more would not fit
         said = tok.decode(row[ids.size(1) :].tolist()).strip()
         text = '\n'.join(textwrap.wrap(f'{prompt} {said}'.strip(), 36)[:4])
         color = 'green' if said == truth.strip() else 'firebrick'
