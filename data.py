@@ -3,23 +3,40 @@ What train.py learns from and sample.py talks about: drawn scenes, photos with c
 
 Item i of a data set is (Pillow image, [(prompt, answer), ...]); an empty prompt asks for a caption.
 """
-import csv, glob, io, itertools, json, math, os, random, sys
+import contextlib, csv, glob, io, itertools, json, math, os, random, sys
 from collections import defaultdict, namedtuple
 from PIL import Image, ImageDraw
 from vlm import UserError, check, image_transform, open_image
 
+with contextlib.suppress(ImportError):  # not required: with it, Pillow reads HEIC
+    import pillow_heif
+    pillow_heif.register_heif_opener()
+
 # drawn scenes -----------------------------------------------------------------------------------------
-COLORS = {'red': (225, 40, 40), 'green': (40, 170, 70), 'blue': (40, 80, 225), 'yellow': (240, 215, 40),
-          'orange': (245, 135, 25), 'purple': (145, 55, 190), 'cyan': (60, 205, 225), 'black': (35, 35, 35)}
+COLORS = {
+    'red': (225, 40, 40),
+    'green': (40, 170, 70),
+    'blue': (40, 80, 225),
+    'yellow': (240, 215, 40),
+    'orange': (245, 135, 25),
+    'purple': (145, 55, 190),
+    'cyan': (60, 205, 225),
+    'black': (35, 35, 35),
+}
 
 def ring(n, turn, *radii):
     """n points (x, y) clockwise around (0, 0), from turn degrees (0 = up); the radii are used in turn."""
     angles = [math.radians(turn + 360 * i / n) for i in range(n)]
     return [(r * math.sin(angle), -r * math.cos(angle)) for r, angle in zip(itertools.cycle(radii), angles)]
 
-SHAPES = {'circle': ring(36, 0, 1), 'square': ring(4, 45, 1.25), 'triangle': ring(3, 0, 1),
-          'diamond': ring(4, 0, 1.1, 0.7), 'star': ring(10, 0, 1.05, 0.42),
-          'cross': ring(12, -15, 1.05, 1.05, 0.38)}
+SHAPES = {
+    'circle': ring(36, 0, 1),
+    'square': ring(4, 45, 1.25),
+    'triangle': ring(3, 0, 1),
+    'diamond': ring(4, 0, 1.1, 0.7),
+    'star': ring(10, 0, 1.05, 0.42),
+    'cross': ring(12, -15, 1.05, 1.05, 0.38),
+}
 SIZES = {'small': (0.105, 0.12), 'large': (0.16, 0.18)}  # radius, in picture widths
 PLACES = ('at the top left, at the top, at the top right, on the left, in the center, on the right, '
           'at the bottom left, at the bottom, at the bottom right').split(', ')
@@ -114,48 +131,145 @@ def ask_side(scene, rng, pairs):
 QUESTIONS = 3 * [ask_existence, ask_count] + 2 * [ask_side, ask_color] + [ask_shape]
 
 # photos with captions ---------------------------------------------------------------------------------
-def read_captions(path):
-    """Yields (image name, prompt, answer) for every row of a caption file or a folder of class folders."""
-    if os.path.isdir(path):
-        for folder, _, names in sorted(os.walk(path, followlinks=True)):
-            label = os.path.basename(os.path.abspath(folder)).replace('_', ' ')
-            for name in sorted(filter(is_picture, names)):
-                yield os.path.relpath(os.path.join(folder, name), path), 'what is this?', label
-        return
-    try:
-        with open(path, encoding='utf-8-sig', newline='') as f:
-            if path.endswith('.jsonl'):
-                rows = [dict(json.loads(line)) for line in f if line.strip()]
-            elif path.endswith('.json'):
-                rows = flatten_json(json.load(f))
-            else:
-                rows = list(csv.DictReader(f))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as e:
-        raise UserError(f'{path} is not shapes, a folder or a caption file ({e!r})') from e
-    for n, row in enumerate(rows, 1):
-        prompt = row.get('prompt') or row.get('question') or ''
-        answer = row.get('caption', row.get('answer'))
-        named = isinstance(row.get('image'), str) and None not in row  # None holds surplus fields
-        complete = named and answer is not None and str(answer).strip()
-        check(complete, f'{path}, row {n}: needs image and caption (or image, prompt and answer)')
-        yield row['image'], str(prompt), str(answer)
+# what the columns of a table, or the keys of JSON, may be called, in upper or lower case
+IMAGE_NAMES = ('image', 'file_name', 'image_name', 'filename')
+PROMPT_NAMES = ('prompt', 'question')
+ANSWER_NAMES = ('caption', 'answer', 'text', 'comment')
 
-def flatten_json(data):
-    """COCO: a row per annotation. LLaVA: a row per turn of gpt, the turn before it being its prompt."""
-    if isinstance(data, dict):
-        names = {image['id']: image['file_name'] for image in data['images']}
-        return [dict(a, image=names.get(a['image_id'])) for a in data['annotations']]
-    rows = []
-    for talk in data:
-        for question, answer in zip(talk['conversations'], talk['conversations'][1:]):
-            if answer['from'] == 'gpt' and 'image' in talk:
-                prompt = question['value'].replace('<image>', '').strip()
-                rows.append(dict(image=talk['image'], prompt=prompt, answer=answer['value']))
-    return rows
+def read_rows(path):
+    """Yields (place, row) for each row of a caption file, or each photo of a folder. A row is what read_texts
+    takes, or a ValueError that says why it cannot be used."""
+    if os.path.isdir(path):
+        yield from read_folder(path)
+        return
+    with open(path, encoding='utf-8-sig', newline='') as f:
+        if path.endswith('.jsonl'):
+            for n, line in enumerate(f, 1):
+                if line.strip():
+                    yield f'line {n}', read_json_line(line)
+        elif path.endswith('.json'):
+            data = json.load(f)
+            if isinstance(data, dict):
+                data = coco_rows(data)
+            for n, row in enumerate(data, 1):
+                yield f'entry {n}', row
+        else:
+            yield from read_table(list(f))
+
+def read_json_line(line):
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as e:
+        return ValueError(f'not JSON ({e})')
+
+def coco_rows(data):
+    names = {str(image['id']): image['file_name'] for image in data['images']}
+    for annotation in data['annotations']:
+        yield dict(image=names.get(str(annotation['image_id'])), caption=annotation['caption'])
+
+def read_table(lines):
+    """A header, then rows. A value in double quotes may go on in the next lines; but if one of these looks
+    like a row, a quote was left open, and its row cannot be used."""
+    header = ''.join(lines[:1])
+    style = dict(delimiter=max(',;\t|', key=header.count), skipinitialspace=True)
+    names = [name.strip() for name in next(csv.reader([header], **style), [])]
+    places = [i for i, name in enumerate(names) if name.lower() in IMAGE_NAMES]
+    if not places:
+        raise ValueError(f'its first line names no column {" or ".join(IMAGE_NAMES)}')
+    def is_row(line):
+        values = next(csv.reader([line], **style), [])
+        return len(values) == len(names) and is_picture(values[places[0]].strip())
+    n = 1  # lines that have been read
+    def rest():
+        nonlocal n
+        while n < len(lines):
+            n += 1
+            yield lines[n - 1]
+    while n < len(lines):
+        first = n
+        try:
+            values = next(csv.reader(rest(), **style))
+            row = dict(zip(names, values))
+            if len(values) > len(names):
+                row = ValueError('more values than columns: put texts with separators in double quotes')
+            if any(map(is_row, lines[first + 1 : n])):
+                row = ValueError('a double quote is not closed')
+                n = first + 1
+        except csv.Error as e:
+            row = ValueError(e)
+            n = first + 1
+        if row:  # else the line is empty
+            yield f'line {first + 1}', row
+
+def read_folder(path):
+    """The rows of its metadata file, or one for each photo, which has a .txt file of captions beside it or is
+    in a folder that is named after what it shows."""
+    for name in ('metadata.csv', 'metadata.jsonl'):
+        if os.path.isfile(os.path.join(path, name)):
+            yield from read_rows(os.path.join(path, name))
+            return
+    photos = {}  # by real path, since links may lead to a photo again
+    seen = set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        if os.path.realpath(folder) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        for name in sorted(names):
+            if is_picture(name):
+                photo = os.path.join(folder, name)
+                photos.setdefault(os.path.realpath(photo), photo)
+    captions = {photo: os.path.splitext(photo)[0] + '.txt' for photo in photos.values()}
+    has_captions = any(map(os.path.isfile, captions.values()))
+    for photo, text in captions.items():
+        row = dict(image=os.path.relpath(photo, path))
+        if is_unread_heic(photo):
+            row = ValueError(HEIC_HELP)
+        elif os.path.isfile(text):
+            with open(text, encoding='utf-8-sig') as f:
+                row['caption'] = [line for line in f if line.strip()]
+        elif not has_captions and os.path.dirname(row['image']):
+            label = os.path.basename(os.path.dirname(photo)).replace('_', ' ')
+            row.update(prompt='what is this?', answer=label)
+        yield photo, row
+
+def read_texts(row):
+    """The image name and the [(prompt, answer), ...] of a row. Raises ValueError if there are none."""
+    if isinstance(row, ValueError):
+        raise row
+    if not isinstance(row, dict):
+        raise ValueError('it is not an object with image and caption')
+    row = {name.strip().lower(): value for name, value in row.items()}
+    def get(names):
+        return next((row[name] for name in names if row.get(name) not in (None, '', [])), None)
+    image, prompt, answers = get(IMAGE_NAMES), get(PROMPT_NAMES), get(ANSWER_NAMES)
+    if isinstance(image, list) and len(image) == 1:
+        image = image[0]
+    if not isinstance(image, str) or not image.strip():
+        raise ValueError('it names no image')
+    if not isinstance(answers, list):
+        answers = [answers]
+    texts = [(prompt, answer) for answer in answers]
+    if 'conversations' in row:  # LLaVA says from and value, minimind role and content
+        turns = [(turn.get('from', turn.get('role')), turn.get('value', turn.get('content')))
+                 for turn in row['conversations']]
+        texts = [(asked, answer) for (_, asked), (who, answer) in zip(turns, turns[1:])
+                 if who in ('gpt', 'assistant')]
+    if not texts:
+        raise ValueError('it has no text')
+    return image.strip(), [(clean_text(prompt or ' '), clean_text(answer)) for prompt, answer in texts]
+
+def clean_text(value):
+    if isinstance(value, (int, float)) and value == value:  # not NaN
+        value = str(value)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f'it has no text ({value!r})')
+    return value.replace('<image>', '').strip()
 
 class CaptionedImages:
     """Photos with their texts. Unreadable ones are reported and replaced by the next one."""
-    size = 0  # pixels; JPEGs are decoded no smaller than this. main sets it, when the model is known
+    size = 1  # pixels; JPEGs are decoded no smaller than this. main sets it, when the model is known
 
     def __init__(self, texts, folder):
         self.names, self.texts = list(texts), list(texts.values())
@@ -173,29 +287,52 @@ class CaptionedImages:
         raise UserError(f'none of the {self.n_images} images in {self.folder} can be read')
 
 def find_images(path, image_dir=''):
-    """Returns {image name: [(prompt, answer), ...]} for the images that exist, and their folder."""
+    """{image name: [(prompt, answer), ...]} of a caption file or a folder, for the images that exist, and the
+    folder where they are. Reports what is left out."""
     path = os.path.expanduser(path)
     texts = defaultdict(list)
-    for image, prompt, answer in read_captions(path):
-        texts[image].append((prompt, answer))
+    unused = []
+    n = 0
+    try:
+        for n, (place, row) in enumerate(read_rows(path), 1):
+            try:
+                image, pairs = read_texts(row)
+                texts[os.path.normpath(image)] += pairs
+            except (ValueError, TypeError, AttributeError) as e:
+                unused.append(f'{place}: {e}')
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f'{path} is not shapes, a folder or a caption file ({e!r})') from e
+    check(texts, f'{path}: none of {n} rows can be used, the first is {"".join(unused[:1])}')
+    if unused:
+        print(f'{path}: {len(unused)} of {n} rows are skipped, the first is {unused[0]}', file=sys.stderr)
     beside = path if os.path.isdir(path) else os.path.dirname(path)
     folder = os.path.expanduser(image_dir) or beside or '.'
     for place in (folder, f'{folder}/images', f'{folder}/Images'):
-        found = {name: texts[name] for name in texts if os.path.isfile(os.path.join(place, name))}
+        found = {}
+        for name in texts:
+            for file in (name, name.replace('\\', '/')):  # the latter for names from Windows
+                if os.path.isfile(os.path.join(place, file)):
+                    found[file] = texts[name]
         if found:
             break
-    lost = [name for name in texts if name not in found]
-    check(found, f'{path}: no image in {folder} ({lost[:1]}); set --image_dir')
+    lost = [name for name in texts if name not in found and name.replace('\\', '/') not in found]
+    sought = os.path.join(folder, [*texts][0])
+    check(found, f'{path}: no image found, e.g. {sought!r} does not exist; set --image_dir')
     if lost:
-        print(f'{len(lost)} of {len(texts)} images are missing, e.g. {lost[0]}', file=sys.stderr)
+        print(f'{path}: {len(lost)} of {len(texts)} images are missing, e.g. {lost[0]!r}', file=sys.stderr)
     return found, place
 
 # files of pictures ------------------------------------------------------------------------------------
+HEIC_HELP = 'Pillow alone cannot read HEIC: convert it to JPEG, or install pillow-heif'
+
+def is_unread_heic(path):
+    return path.lower().endswith(('.heic', '.heif')) and '.heic' not in Image.registered_extensions()
+
 def is_picture(path):
-    """True if Pillow reads files with this ending, and the name does not begin with a dot."""
+    """True if Pillow reads files with this ending, or it is HEIC, and the name does not begin with a dot."""
     name = os.path.basename(path)
     kind = Image.registered_extensions().get(os.path.splitext(name)[1].lower())
-    return kind in Image.OPEN and not name.startswith('.')
+    return not name.startswith('.') and (kind in Image.OPEN or is_unread_heic(path))
 
 def find_pictures(given):
     """The paths that given stands for: a file, several with commas, a folder or a pattern."""
@@ -215,6 +352,7 @@ def read_pictures(paths, cfg, where, failed):
     """Yields (path, pixels (3,P,P)); a picture that cannot be read is reported and added to failed."""
     for path in paths:
         try:
+            check(not is_unread_heic(path), f'{path}: {HEIC_HELP}')
             yield path, image_transform(cfg)(open_image(path, cfg.image_size)).to(where)
         except UserError as e:
             print(f'skipped: {e}', file=sys.stderr)

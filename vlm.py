@@ -539,15 +539,15 @@ def fetch(name, file):
     def show(blocks, size, total):  # at every 5 % of a large file
         if blocks % max(1000, total // size // 20) == 0:
             print(f'{url}: {blocks * size / 1e6:.0f} of {total / 1e6:.0f} MB', file=sys.stderr)
-    tries = 0
-    while not os.path.exists(path):
-        tries += 1
-        try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            part, _ = urllib.request.urlretrieve(url, f'{path}.{os.getpid()}', show)
-            os.replace(part, path)
-        except OSError as e:  # also ContentTooShortError, if the connection was lost
-            check(tries < 3, f'cannot get {url} ({e}): put it at {path}, or train your own: python train.py')
+    for last in (False, False, True):  # three attempts
+        if not os.path.exists(path):
+            try:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                part, _ = urllib.request.urlretrieve(url, f'{path}.{os.getpid()}', show)
+                os.replace(part, path)
+            except OSError as e:  # also ContentTooShortError, if the connection was lost
+                check(not last, f'cannot download {url} ({e}): put the file at {path}, '
+                                'or train a model of your own: python train.py')
     return path
 
 def read_json(path):
@@ -734,34 +734,33 @@ def learn_bpe(texts, vocab_size):
     """BPE from a corpus: repeatedly joins the most frequent pair of adjacent tokens into a new one."""
     pattern = r' ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+'  # roughly PIECES: re has no \p
     counts = Counter(piece for text in texts for piece in re.findall(pattern, text))
-    words = [([chr(b) for b in piece.encode('utf-8', 'replace')], n) for piece, n in counts.items()]
+    # a word is a string with one character, chr(id), for each token: at first for each byte
+    words = [(piece.encode('utf-8', 'replace').decode('latin-1'), n) for piece, n in counts.items()]
+    tokens = {chr(b): b for b in range(256)}
     pairs = Counter()  # pair -> count in the corpus
     where = defaultdict(set)  # pair -> indices of the words that contain it, or once did
-    def count(i, sign):  # adds or removes the pairs of word i
-        tokens, n = words[i]
-        for pair in zip(tokens, tokens[1:]):
-            pairs[pair] += sign * n
+    def count(text, n, i):  # adds n to each pair in text, a part of word i
+        for pair in map(''.join, zip(text, text[1:])):
+            pairs[pair] += n
             where[pair].add(i)
-    for i in range(len(words)):
-        count(i, +1)
-    tokens = {chr(b): b for b in range(256)}
-    while len(tokens) < vocab_size and pairs:
-        best = max(pairs, key=pairs.get)
-        if pairs[best] < 2:
-            break
-        tokens.setdefault(best[0] + best[1], len(tokens))  # may exist, from another pair
-        for i in where.pop(best):  # only these words change; pop, as count() refills where[best]
-            count(i, -1)
-            old, n = words[i]
-            new = old[:1]
-            for token in old[1:]:
-                if (new[-1], token) == best:
-                    new[-1] += token
-                else:
-                    new.append(token)
-            words[i] = (new, n)
-            count(i, +1)
-    return tokens
+    for i, (word, n) in enumerate(words):
+        count(word, n, i)
+    while len(tokens) < vocab_size and max(pairs.values(), default=0) > 1:
+        highest = max(pairs.values())
+        for best in [pair for pair, n in pairs.items() if n == highest]:
+            if pairs[best] < highest:  # since one of the others was joined
+                continue
+            names = list(tokens)  # id -> token
+            joined = ''.join(names[ord(c)] for c in best)
+            new = chr(tokens.setdefault(joined, len(tokens)))  # it may exist, from another pair
+            for i in where.pop(best):  # only these words change, and only from the first pair to the last
+                word, n = words[i]
+                if best in word:
+                    part = word[max(0, word.index(best) - 1) : word.rindex(best) + 3]
+                    count(part, -n, i)
+                    count(part.replace(best, new), n, i)
+                    words[i] = (word.replace(best, new), n)
+    return {token: i for token, i in tokens.items() if i < vocab_size}
 
 # 10. Images and batches -------------------------------------------------------------------------------
 def open_image(path, size):
