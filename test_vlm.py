@@ -1,5 +1,5 @@
 """
-Tests of vlm.py, train.py and sample.py, in their order: python -m pytest -q test_vlm.py
+Tests of vlm.py, data.py, train.py and sample.py, in their order: python -m pytest -q test_vlm.py
 
 Every test holds the code against something outside it: another implementation, a worked example or the slow
 way.
@@ -13,6 +13,8 @@ import os
 import pathlib
 import random
 import re
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ import time
 import urllib.error
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,7 +83,7 @@ def assert_one_line(error):
 
 # the files --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('name, limit', [
-    ('vlm.py', 850), ('data.py', 400), ('train.py', 500), ('sample.py', 180), ('test_vlm.py', 5000),
+    ('vlm.py', 850), ('data.py', 400), ('train.py', 560), ('sample.py', 180), ('test_vlm.py', 5000),
     ('README.md', 250)])
 def test_the_files_keep_to_their_length_and_width(name, limit):
     lines = (HERE / name).read_text(encoding='utf-8').splitlines()
@@ -2894,6 +2897,29 @@ def test_a_worker_outlives_the_signals_that_stop_a_run(number):
 
     assert os.waitstatus_to_exitcode(status) == 7
 
+def test_too_little_shared_memory_for_the_workers_is_refused(settings, monkeypatch):
+    """Two workers with three batches of 3 MB each, and as much memory, but for a byte."""
+    train.batch_size = 16
+    train.num_workers = 2
+    batches = train.Batches(train.Shapes('train'), replace(TINY, image_size=256, block_size=400), BYTES)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=2 * 3 * 16 * 3 * 256 * 256))
+
+    with pytest.raises(UserError, match='18 MB shared memory, 18 are free: .*--shm-size=.*--num_workers=0'):
+        first_batches(batches, 1)
+
+def test_a_worker_that_is_killed_ends_the_run_in_one_line(settings):
+    class Dying:
+        n_images = 100
+        def __getitem__(self, i):
+            os.kill(os.getpid(), signal.SIGKILL)
+    train.num_workers = 1
+    batches = train.Batches(Dying(), TINY, BYTES)
+
+    with pytest.raises(UserError, match='a data loading process died.*--num_workers=0') as error:
+        next(train.load(batches, range(9), torch.device('cpu')))
+
+    assert_one_line(error)
+
 def test_a_run_with_workers_ends_after_an_error(tmp_path):
     """Not forever waiting for the workers, which ignore SIGTERM so that they outlive it until the save."""
     (tmp_path / 'fails.py').write_text("""
@@ -2951,6 +2977,21 @@ def test_the_texts_of_images_are_drawn_anew_in_each_epoch(settings):
 
     assert set(drawn[0]) <= {'0', '1', '2', '3'}
     assert drawn[0] != drawn[1]
+
+def test_texts_that_do_not_fit_are_counted_and_the_block_that_would_hold_them_is_named(capfd):
+    texts = [('', 'b' * 30), ('', 'b' * 31), ('q' * 15, 'a'), ('q' * 17, 'a')]
+    cfg = replace(TINY, block_size=TINY.n_visual + 32)  # of bytes: end-of-text or ' ' + q, then ' ' + b, end
+
+    train.report_cut_texts(texts, cfg, BYTES)
+    said = capfd.readouterr().out
+    needed = int(re.search(r'--block_size=(\d+)', said)[1])
+    train.report_cut_texts(texts, replace(cfg, block_size=needed), BYTES)
+    said_after = capfd.readouterr().out
+    train.report_cut_texts(texts, replace(cfg, block_size=needed - 1), BYTES)
+
+    assert said.startswith('2 of 4 texts are too long')
+    assert said_after == ''
+    assert capfd.readouterr().out.startswith('1 of 4 texts')
 
 # train.py, optimizers ---------------------------------------------------------------------------------
 def five_steps(ours, our_optimizers, theirs, their_optimizer):
@@ -3690,6 +3731,52 @@ def test_any_pair_of_repositories_is_downloaded_and_trained(hub, run):
     files = ['/'.join(path.split('/')[2:3] + path.split('/')[-1:]) for path in downloads]
     assert files == ['eyes/config.json', 'words/config.json', 'words/tokenizer.json',
                      'eyes/model.safetensors', 'words/model.safetensors']
+
+def test_a_run_survives_held_out_images_that_cannot_be_read(tmp_path, run, capfd):
+    make_photos(tmp_path / 'photos/dog', 9)
+    (tmp_path / 'others/dog').mkdir(parents=True)
+    (tmp_path / 'others/dog/0.png').write_text('no picture')
+
+    end = run(*QUICK, f'--dataset={tmp_path}/photos', f'--val_dataset={tmp_path}/others')
+
+    assert end['step'] == 2
+    assert 'step 2: not evaluated: none of the 1 images in ' in capfd.readouterr().out
+
+def test_long_texts_of_a_data_set_are_reported(tmp_path, run, capfd):
+    make_photos(tmp_path / 'dog', 9)
+    rows = [f'dog/{i}.png,{"very " * 99}long' for i in range(9)]
+    (tmp_path / 'a.csv').write_text('\n'.join(['image,caption', *rows]))
+
+    run(*QUICK, f'--dataset={tmp_path}/a.csv')
+
+    assert '8 of 8 texts are too long and will be cut: --block_size=' in capfd.readouterr().out
+
+def test_compiling_without_a_compiler_is_a_user_error_of_one_line(run, monkeypatch):
+    monkeypatch.setenv('PATH', '/nowhere')
+    monkeypatch.delenv('CXX', raising=False)
+
+    with pytest.raises(UserError, match='needs a C++ compiler'.replace('+', r'\+')) as error:
+        run(*QUICK, '--compile')
+
+    assert_one_line(error)
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_of_several_processes_the_first_tells_the_mistake(tmp_path, monkeypatch, rank):
+    """The others wait until torchrun ends them, and tell it only if it does not."""
+    def wait(seconds):
+        waited.append(seconds)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    waited = []
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setenv('RANK', str(rank))
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--preset=huge', f'--out_dir={tmp_path}'])
+    monkeypatch.setattr(time, 'sleep', wait)
+
+    with pytest.raises(SystemExit, match='train.py: preset=huge must be one of'):
+        runpy.run_path(str(HERE / 'train.py'), run_name='__main__')
+
+    signal.signal(signal.SIGTERM, handler)
+    assert len(waited) == rank
 
 def test_the_logged_loss_is_a_mean_over_the_batches_of_a_step(tmp_path, run):
     run(*QUICK, '--max_iters=1', '--gradient_accumulation_steps=3')

@@ -6,7 +6,7 @@ Trains the model in vlm.py on a CPU, a GPU, an Apple chip, or on several GPUs wi
     python train.py --batch_size=32 --out_dir=out-32   every setting below can be changed like this
     python train.py --preset=small --dataset=photos/captions.csv --out_dir=out-photos     your own photos
 """
-import atexit, datetime, math, os, random, re, signal, sys, textwrap, time
+import atexit, datetime, math, os, random, re, shutil, signal, sys, textwrap, time
 from collections import Counter, defaultdict
 from dataclasses import replace
 # before importing torch: oneDNN caches a kernel for every shape, and its default limit costs gigabytes
@@ -15,8 +15,8 @@ import torch, torch.distributed as dist
 from PIL import Image, ImageDraw
 from torchvision.transforms import v2 as transforms
 from data import CaptionedImages, Shapes, find_images
-from vlm import PRESETS, MinimalVLM, Tokenizer, UserError, VLMConfig, check, collate, encode_prompt
-from vlm import image_transform, load_checkpoint, override, read_config, save_checkpoint
+from vlm import PRESETS, MinimalVLM, Tokenizer, UserError, VLMConfig, check, collate, encode_answer
+from vlm import encode_prompt, image_transform, load_checkpoint, override, read_config, save_checkpoint
 
 # settings ---------------------------------------------------------------------------------------------
 out_dir = 'out'                  # folder for ckpt.pt, log.csv and samples.png
@@ -79,6 +79,10 @@ def find_device(device, dtype):
     check(dtype in ('float32', 'bfloat16', 'float16'), f'dtype={dtype} is not known')
     return where, dtype
 
+def check_compiler():
+    compilers = [os.environ.get('CXX') or 'g++', 'clang++', 'cl']
+    check(any(map(shutil.which, compilers)), 'compile needs a C++ compiler such as g++: install one')
+
 # data sets and batches --------------------------------------------------------------------------------
 def make_datasets():
     """The data sets for training and for validation: val_dataset, or the same 5 % of the images each time."""
@@ -135,13 +139,38 @@ def load(batches, numbers, device):
         workers = min(8, os.cpu_count())
         if dataset == 'shapes' and device.type == 'cpu':
             workers = 0
+    if workers and os.path.isdir('/dev/shm'):  # batches arrive through it, up to three from each worker
+        needed = 3 * workers * batch_size * 3 * batches.cfg.image_size**2
+        free = shutil.disk_usage('/dev/shm').free
+        check(free > needed, f'{workers} workers need {needed >> 20} MB shared memory, {free >> 20} are free: '
+                             'try docker run --shm-size=1g, or --num_workers=0')
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=numbers, num_workers=workers,
         worker_init_fn=ignore_signals, pin_memory=device.type == 'cuda'))
     if workers:  # they ignore the signal with which Python ends them at exit: it would wait forever
         atexit.register(loader._shutdown_workers)
-    for batch in loader:
-        yield [None if x is None else x.to(device, non_blocking=True) for x in batch]
+    try:
+        for batch in loader:
+            yield [None if x is None else x.to(device, non_blocking=True) for x in batch]
+    except RuntimeError as e:
+        died = 'exited unexpectedly' in str(e)
+        check(not died, 'a data loading process died, perhaps for want of memory: try --num_workers=0')
+        raise
+
+def report_cut_texts(texts, cfg, tokenizer):
+    """Says how many of the (prompt, answer) texts are longer than the model's block allows."""
+    room = cfg.block_size - cfg.n_visual
+    endless = replace(cfg, block_size=10**9)
+    cut = 0
+    needed = 0
+    for prompt, answer in texts:
+        asked = len(encode_prompt(tokenizer, endless, prompt))
+        length = asked + len(encode_answer(tokenizer, cfg, answer)) - 1  # the last token is no input
+        if length > room or asked > room // 2:
+            cut += 1
+            needed = max(needed, cfg.n_visual + max(length, 2 * asked))
+    if cut:
+        print(f'{cut} of {len(texts)} texts are too long and will be cut: --block_size={needed} makes room')
 
 # optimizers -------------------------------------------------------------------------------------------
 class Muon(torch.optim.Optimizer):
@@ -360,6 +389,9 @@ def main(argv=None):
     if init_from != 'resume':
         texts = train_set.texts if dataset != 'shapes' else [train_set[i][1] for i in range(400)]
         model, tok = make_model([' '.join(text) for group in texts for text in group])
+    if dataset != 'shapes':
+        texts = [text for group in train_set.texts for text in group]
+        report_cut_texts(texts[:20_000], model.cfg, tok)  # more would take minutes
     train_set.size = val_set.size = int(1.4 * model.cfg.image_size)  # more than image_size: augment crops
     model.to(where, memory_format=torch.channels_last)  # convolutions are faster in this format
     for module in model.modules():
@@ -374,6 +406,7 @@ def main(argv=None):
         scaler.load_state_dict(checkpoint['scaler'] or scaler.state_dict())
     net = model
     if compile:
+        check_compiler()
         net = torch.compile(net)
     if world > 1:
         net = torch.nn.parallel.DistributedDataParallel(net)
@@ -412,9 +445,12 @@ def main(argv=None):
                 state['optimizers'] = [o.state_dict() for o in optimizers]
                 save_checkpoint(path, model, tok, **state)
             if not halt:
-                with precision:
-                    own, swapped, share = evaluate(model, val_batches, step, last, where)
-                print(f'{step},{time.time() - began:.1f},,{own:.5f},{swapped:.5f},{share:.4f}', file=log)
+                try:
+                    with precision:
+                        own, swapped, share = evaluate(model, val_batches, step, last, where)
+                    print(f'{step},{time.time() - began:.1f},,{own:.5f},{swapped:.5f},{share:.4f}', file=log)
+                except UserError as e:  # no held-out image can be read
+                    print(f'step {step}: not evaluated: {e}')
             since += time.time() - pause
         if last:
             break
@@ -475,4 +511,7 @@ if __name__ == '__main__':
         main()
     except UserError as e:
         message = str(e).split('UserError: ')[-1]  # without the traceback of a worker process
+        if int(os.environ.get('RANK', 0)) > 0:  # rank 0 says it, unless this process alone has failed
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which torchrun sends when rank 0 ends
+            time.sleep(5)
         sys.exit(f'train.py: {message.strip()}')
