@@ -2904,7 +2904,7 @@ def test_too_little_shared_memory_for_the_workers_is_refused(settings, monkeypat
     batches = train.Batches(train.Shapes('train'), replace(TINY, image_size=256, block_size=400), BYTES)
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=2 * 3 * 16 * 3 * 256 * 256))
 
-    with pytest.raises(UserError, match='18 MB shared memory, 18 are free: .*--shm-size=.*--num_workers=0'):
+    with pytest.raises(UserError, match='18 MB in /dev/shm, 18 are free: .*--shm-size=.*--num_workers=0'):
         first_batches(batches, 1)
 
 def test_a_worker_that_is_killed_ends_the_run_in_one_line(settings):

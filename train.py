@@ -142,7 +142,7 @@ def load(batches, numbers, device):
     if workers and os.path.isdir('/dev/shm'):  # batches arrive through it, up to three from each worker
         needed = 3 * workers * batch_size * 3 * batches.cfg.image_size**2
         free = shutil.disk_usage('/dev/shm').free
-        check(free > needed, f'{workers} workers need {needed >> 20} MB shared memory, {free >> 20} are free: '
+        check(free > needed, f'{workers} workers need {needed >> 20} MB in /dev/shm, {free >> 20} are free: '
                              'try docker run --shm-size=1g, or --num_workers=0')
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=numbers, num_workers=workers,
