@@ -165,7 +165,7 @@ def read_json_line(line):
 def coco_rows(data):
     names = {str(image['id']): image['file_name'] for image in data['images']}
     for annotation in data['annotations']:
-        yield dict(image=names.get(str(annotation['image_id'])), caption=annotation['caption'])
+        yield dict(image=names.get(str(annotation.get('image_id'))), caption=annotation.get('caption'))
 
 def read_table(lines):
     """A header, then rows. A value in double quotes may go on in the next lines; but if one of these looks
@@ -258,14 +258,17 @@ def read_texts(row):
                  if who in ('gpt', 'assistant')]
     if not texts:
         raise ValueError('it has no text')
-    return image.strip(), [(clean_text(prompt or ' '), clean_text(answer)) for prompt, answer in texts]
+    return image.strip(), [(str(prompt or '').replace('<image>', '').strip(), clean_text(answer))
+                           for prompt, answer in texts]
 
 def clean_text(value):
+    """A text or a number as a text that is not empty, else ValueError."""
     if isinstance(value, (int, float)) and value == value:  # not NaN
         value = str(value)
-    if not isinstance(value, str) or not value:
+    text = value.replace('<image>', '').strip() if isinstance(value, str) else ''
+    if not text:
         raise ValueError(f'it has no text ({value!r})')
-    return value.replace('<image>', '').strip()
+    return text
 
 class CaptionedImages:
     """Photos with their texts. Unreadable ones are reported and replaced by the next one."""

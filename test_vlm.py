@@ -2575,6 +2575,7 @@ GOOD = '{"image": "0.png", "caption": "x"}'
 @pytest.mark.parametrize('name, rows, reason', [
     ('a.csv', 'image,caption\n0.png,x\n1.png,\n', 'line 3: it has no text'),
     ('a.csv', 'image,caption\n0.png,x\n1.png\n', 'line 3: it has no text'),
+    ('a.csv', 'image,caption\n0.png,x\n1.png," "\n', 'line 3: it has no text'),
     ('a.csv', 'image,caption\n\n1.png,a, b\n0.png,x\n', 'line 3: more values than columns'),
     ('a.csv', 'image,caption\n,y\n0.png,x\n', 'line 2: it names no image'),
     ('a.csv', 'image,caption\n1.png,"y\n0.png,x\n', 'line 2: a double quote is not closed'),
