@@ -148,7 +148,7 @@ def attend(q, k, v, mask=None):
     return att @ v, att  # (B,H,T,S) x (B,H,S,D) -> (B,H,T,D)
 
 class KVCache:  # the keys (after RoPE) and values (B,K,S,D) that one layer has computed so far
-    k = v = None
+    k = v = None  # until the first update
     def update(self, k, v):  # appends the new keys and values, returns all of them
         if self.k is not None:
             k = torch.cat([self.k, k], dim=2)
@@ -314,7 +314,7 @@ class LanguageDecoder(nn.Module):
         C = cfg.text.n_embd
         self.embedding = nn.Embedding(cfg.vocab_size, C)  # its weight is also the output head: tied
         self.input_norm = nn.LayerNorm(C, elementwise_affine=False) if cfg.input_norm else nn.Identity()
-        if self.cfg.position == 'learned':
+        if cfg.text.position == 'learned':
             std = 0.5 if cfg.input_norm else 0.02  # inputs of std 1 would drown 0.02
             self.position_embedding = nn.Parameter(std * torch.randn(cfg.block_size, C))
         self.transformer = Transformer(cfg.text, causal=True)
@@ -464,7 +464,7 @@ def read_table(text):
     return {column[0]: dict(zip(columns[0][1:], column[1:])) for column in columns[1:]}
 
 # Published names of our layers, without .weight or .bias (of position_embedding: the full name). #: block
-# number. -: none. .T: stored (in, out), so transpose it. [i]: ours is third i (0, 1, 2) of the rows
+# number. -: none. .T: stored (in, out): transpose it. [i]: q, k and v are stacked there, ours is number i
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
 stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
@@ -537,7 +537,7 @@ def fetch(name, file):
     url = f'{os.environ.get("HF_ENDPOINT", "https://huggingface.co")}/{repository}/resolve/main/{file}'
     path = os.path.join(torch.hub.get_dir(), 'vlm', repository, file)
     def show(blocks, size, total):  # at every 5 % of a large file
-        if blocks % max(1000, total // size // 20) == 0:
+        if total > 10**7 and blocks % (total // size // 20) == 0:
             print(f'{url}: {blocks * size / 1e6:.0f} of {total / 1e6:.0f} MB', file=sys.stderr)
     for last in (False, False, True):  # three attempts
         if not os.path.exists(path):
@@ -569,7 +569,7 @@ def read_config(name):
     c |= c.get('vision_config') or c.get('rope_parameters') or {}  # SigLIP and Llama nest some keys
     for key, value in SUPPORTED[kind].items():
         check(c.get(key, value) == value, f'{path}: {key}={c.get(key)} must be {value}')
-    config = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)  # a decoder
+    config = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)  # gpt2/llama
     if kind == 'nanovlm':
         config = vars(PRESETS['nanovlm'])  # its fields, as a dict
     elif kind == 'siglip':
@@ -584,7 +584,8 @@ def read_config(name):
 
 def read_safetensors(path):
     """{name: tensor}, memory-mapped. Layout: 8-byte header length, JSON header, data."""
-    dtypes = dict(F32=torch.float, F16=torch.half, BF16=torch.bfloat16, I64=torch.long, BOOL=torch.bool)
+    dtypes = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
+    dtypes |= dict(I64=torch.int64, U8=torch.uint8, BOOL=torch.bool)  # of masks and the like
     try:
         with open(path, 'rb') as f:
             data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY))
@@ -631,7 +632,7 @@ def load_weights(model, path):
             if third:
                 tensor = tensor.chunk(3)[int(third)]
             if name == 'position_embedding':
-                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)
+                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # flatten: (1,n,C)
             check(tensor.shape == parameter.shape, f'{path}: {theirs} does not fit {list(parameter.shape)}')
             parameter.data.copy_(tensor)
             used.add(theirs)
@@ -747,20 +748,20 @@ def learn_bpe(texts, vocab_size):
         count(word, n, i)
     while len(tokens) < vocab_size and max(pairs.values(), default=0) > 1:
         highest = max(pairs.values())
-        for best in [pair for pair, n in pairs.items() if n == highest]:
-            if pairs[best] < highest:  # since one of the others was joined
+        for best in [pair for pair, n in pairs.items() if n == highest]:  # all of them: searching is slow
+            if pairs[best] < highest:  # some of its places are gone, now that another pair was joined
                 continue
             names = list(tokens)  # id -> token
             joined = ''.join(names[ord(c)] for c in best)
             new = chr(tokens.setdefault(joined, len(tokens)))  # it may exist, from another pair
-            for i in where.pop(best):  # only these words change, and only from the first pair to the last
+            for i in where.pop(best):  # only these words change
                 word, n = words[i]
-                if best in word:
+                if best in word:  # count anew from its first place to its last, each with a neighbour
                     part = word[max(0, word.index(best) - 1) : word.rindex(best) + 3]
                     count(part, -n, i)
                     count(part.replace(best, new), n, i)
                     words[i] = (word.replace(best, new), n)
-    return {token: i for token, i in tokens.items() if i < vocab_size}
+    return {token: i for token, i in tokens.items() if i < vocab_size}  # the last round may overshoot
 
 # 10. Images and batches -------------------------------------------------------------------------------
 def open_image(path, size):
