@@ -3,7 +3,7 @@ What train.py learns from and sample.py talks about: drawn scenes, photos with c
 
 Item i of a data set is (Pillow image, [(prompt, answer), ...]); an empty prompt asks for a caption.
 """
-import contextlib, csv, glob, io, itertools, json, math, os, random, sys
+import contextlib, csv, glob, io, itertools, json, math, os, random, re, sys
 from collections import defaultdict, namedtuple
 from PIL import Image, ImageDraw
 from vlm import UserError, check, image_transform, open_image
@@ -61,7 +61,7 @@ class Shapes:
         return self.draw(scene, rng), [('', caption(scene)), *filter(None, asked)]
 
     def make_scene(self, rng):
-        """One to three things that do not touch, in reading order."""
+        """One to three things that hardly ever touch, in reading order."""
         while True:
             scene = []
             for place in sorted(rng.sample(range(9), rng.choice([1, 2, 2, 3, 3, 3]))):
@@ -116,7 +116,8 @@ def ask_existence(scene, rng, pairs):
     t = rng.choice(scene)
     here = [(u.color, u.shape) for u in scene]
     absent = [p for p in pairs if p not in here and (p[0] == t.color or p[1] == t.shape)]
-    absent += [p for p in absent if {*p} <= {*sum(here, ())}]  # likelier: both are there, but apart
+    # added again, and so likelier: color and shape are both there, but not in one thing
+    absent += [p for p in absent if {*p} <= {*itertools.chain(*here)}]
     if absent:
         pair, answer = rng.choice([((t.color, t.shape), 'yes'), (rng.choice(absent), 'no')])
         return f'is there {"an" if pair[0] == "orange" else "a"} {" ".join(pair)}?', answer
@@ -131,23 +132,23 @@ def ask_side(scene, rng, pairs):
 QUESTIONS = 3 * [ask_existence, ask_count] + 2 * [ask_side, ask_color] + [ask_shape]
 
 # photos with captions ---------------------------------------------------------------------------------
-# what the columns of a table, or the keys of JSON, may be called, in upper or lower case
+# what the columns of a table, or the keys of JSON, may be called, in any case; the first one there counts
 IMAGE_NAMES = ('image', 'file_name', 'image_name', 'filename')
 PROMPT_NAMES = ('prompt', 'question')
 ANSWER_NAMES = ('caption', 'answer', 'text', 'comment')
 
 def read_rows(path):
-    """Yields (place, row) for each row of a caption file, or each photo of a folder. A row is what read_texts
-    takes, or a ValueError that says why it cannot be used."""
+    """Yields (label, row) for each row of a caption file, or each photo of a folder. A row is a dict with
+    names from above, or a ValueError that says why it cannot be used: raised, it would end the reading."""
     if os.path.isdir(path):
         yield from read_folder(path)
         return
     with open(path, encoding='utf-8-sig', newline='') as f:
-        if path.endswith('.jsonl'):
+        if path.lower().endswith('.jsonl'):
             for n, line in enumerate(f, 1):
                 if line.strip():
                     yield f'line {n}', read_json_line(line)
-        elif path.endswith('.json'):
+        elif path.lower().endswith('.json'):
             data = json.load(f)
             if isinstance(data, dict):
                 data = coco_rows(data)
@@ -163,24 +164,27 @@ def read_json_line(line):
         return ValueError(f'not JSON ({e})')
 
 def coco_rows(data):
+    if not {'images', 'annotations'} <= {*data}:
+        raise ValueError("a JSON object must be COCO's captions, with images and annotations")
     names = {str(image['id']): image['file_name'] for image in data['images']}
     for annotation in data['annotations']:
         yield dict(image=names.get(str(annotation.get('image_id'))), caption=annotation.get('caption'))
 
 def read_table(lines):
-    """A header, then rows. A value in double quotes may go on in the next lines; but if one of these looks
-    like a row, a quote was left open, and its row cannot be used."""
+    """Yields the rows below a header. A value in double quotes may span lines; but if one of these looks like
+    a row, the quote was never closed, and the row where it begins cannot be used."""
     header = ''.join(lines[:1])
     style = dict(delimiter=max(',;\t|', key=header.count), skipinitialspace=True)
     names = [name.strip() for name in next(csv.reader([header], **style), [])]
-    places = [i for i, name in enumerate(names) if name.lower() in IMAGE_NAMES]
-    if not places:
-        raise ValueError(f'its first line names no column {" or ".join(IMAGE_NAMES)}')
-    def is_row(line):
+    columns = [i for i, name in enumerate(names) if name.lower() in IMAGE_NAMES]
+    if not columns:
+        wanted = ' or '.join(IMAGE_NAMES)
+        raise ValueError(f'its first line, {header.strip()[:80]!r}, names no column {wanted}')
+    def looks_like_a_row(line):
         values = next(csv.reader([line], **style), [])
-        return len(values) == len(names) and is_picture(values[places[0]].strip())
-    n = 1  # lines that have been read
-    def rest():
+        return len(values) >= len(names) and is_picture(values[columns[0]].strip())
+    n = 1  # lines read so far
+    def remaining_lines():
         nonlocal n
         while n < len(lines):
             n += 1
@@ -188,27 +192,30 @@ def read_table(lines):
     while n < len(lines):
         first = n
         try:
-            values = next(csv.reader(rest(), **style))
+            values = next(csv.reader(remaining_lines(), **style))
+            while len(values) > len(names) and not values[-1].strip():
+                values.pop()  # Excel writes empty values at the end
             row = dict(zip(names, values))
             if len(values) > len(names):
                 row = ValueError('more values than columns: put texts with separators in double quotes')
-            if any(map(is_row, lines[first + 1 : n])):
+            if any(map(looks_like_a_row, lines[first + 1 : n])):
                 row = ValueError('a double quote is not closed')
-                n = first + 1
+                n = first + 1  # the next line is read again
         except csv.Error as e:
             row = ValueError(e)
             n = first + 1
-        if row:  # else the line is empty
+        if row != {}:  # an empty line
             yield f'line {first + 1}', row
 
 def read_folder(path):
-    """The rows of its metadata file, or one for each photo, which has a .txt file of captions beside it or is
-    in a folder that is named after what it shows."""
+    """Yields the rows of metadata.csv or metadata.jsonl; or else a row for each photo, with the captions in a
+    .txt file of the same name, one a line, or with the name of its folder."""
     for name in ('metadata.csv', 'metadata.jsonl'):
         if os.path.isfile(os.path.join(path, name)):
             yield from read_rows(os.path.join(path, name))
             return
     photos = {}  # by real path, since links may lead to a photo again
+    tables = []
     seen = set()
     for folder, folders, names in os.walk(path, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith('.'))
@@ -216,22 +223,28 @@ def read_folder(path):
             folders.clear()
             continue
         seen.add(os.path.realpath(folder))
-        for name in sorted(names):
-            if is_picture(name):
-                photo = os.path.join(folder, name)
-                photos.setdefault(os.path.realpath(photo), photo)
-    captions = {photo: os.path.splitext(photo)[0] + '.txt' for photo in photos.values()}
-    has_captions = any(map(os.path.isfile, captions.values()))
-    for photo, text in captions.items():
+        for file in [os.path.join(folder, name) for name in sorted(names)]:
+            if is_picture(file):
+                photos.setdefault(os.path.realpath(file), file)
+            elif file.endswith(('.csv', '.tsv', '.json', '.jsonl', '.caption', 'captions.txt')):
+                tables.append(file)
+    beside = {photo: os.path.splitext(photo)[0] + '.txt' for photo in photos.values()}
+    has_captions = any(map(os.path.isfile, beside.values()))
+    if tables and not has_captions:
+        raise ValueError(f'it contains {tables[0]}: name that file, or take it away')
+    for photo, file in beside.items():
         row = dict(image=os.path.relpath(photo, path))
+        folder = os.path.dirname(row['image'])
         if is_unread_heic(photo):
             row = ValueError(HEIC_HELP)
-        elif os.path.isfile(text):
-            with open(text, encoding='utf-8-sig') as f:
-                row['caption'] = [line for line in f if line.strip()]
-        elif not has_captions and os.path.dirname(row['image']):
-            label = os.path.basename(os.path.dirname(photo)).replace('_', ' ')
-            row.update(prompt='what is this?', answer=label)
+        elif has_captions or not folder:
+            try:
+                with open(file, encoding='utf-8-sig') as f:
+                    row['caption'] = list(f)
+            except (OSError, ValueError) as e:
+                row = ValueError(f'its captions cannot be read ({e})')
+        else:
+            row.update(prompt='what is this?', answer=os.path.basename(folder).replace('_', ' '))
         yield photo, row
 
 def read_texts(row):
@@ -242,33 +255,40 @@ def read_texts(row):
         raise ValueError('it is not an object with image and caption')
     row = {name.strip().lower(): value for name, value in row.items()}
     def get(names):
-        return next((row[name] for name in names if row.get(name) not in (None, '', [])), None)
-    image, prompt, answers = get(IMAGE_NAMES), get(PROMPT_NAMES), get(ANSWER_NAMES)
+        return next((row[name] for name in names if name in row), None)
+    image = get(IMAGE_NAMES)
+    prompt = get(PROMPT_NAMES)
+    answers = get(ANSWER_NAMES)
+    if prompt:  # beside a question, a caption is not the answer
+        answers = get(('answer', *ANSWER_NAMES))
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
     if not isinstance(image, str) or not image.strip():
-        raise ValueError('it names no image')
+        raise ValueError(f'it names no image ({", ".join(IMAGE_NAMES)})')
     if not isinstance(answers, list):
         answers = [answers]
     texts = [(prompt, answer) for answer in answers]
-    if 'conversations' in row:  # LLaVA says from and value, minimind role and content
+    if 'conversations' in row:  # LLaVA's from and value, or role and content, as minimind has them
         turns = [(turn.get('from', turn.get('role')), turn.get('value', turn.get('content')))
                  for turn in row['conversations']]
-        texts = [(asked, answer) for (_, asked), (who, answer) in zip(turns, turns[1:])
-                 if who in ('gpt', 'assistant')]
+        texts = [(question, answer) for (asker, question), (speaker, answer) in zip(turns, turns[1:])
+                 if asker in ('human', 'user') and speaker in ('gpt', 'assistant')]
+    texts = [(clean_text(prompt), clean_text(answer)) for prompt, answer in texts]
+    texts = [(prompt, answer) for prompt, answer in texts if answer]
     if not texts:
-        raise ValueError('it has no text')
-    return image.strip(), [(str(prompt or '').replace('<image>', '').strip(), clean_text(answer))
-                           for prompt, answer in texts]
+        raise ValueError(f'it has no text ({", ".join(ANSWER_NAMES)})')
+    return image.strip(), texts
 
 def clean_text(value):
-    """A text or a number as a text that is not empty, else ValueError."""
-    if isinstance(value, (int, float)) and value == value:  # not NaN
+    """A value as a text; '' for None and NaN. Raises ValueError for lists and objects, written out or not."""
+    if value is None or value != value:  # NaN is not equal to itself
+        return ''
+    if isinstance(value, (int, float)):
         value = str(value)
-    text = value.replace('<image>', '').strip() if isinstance(value, str) else ''
-    if not text:
-        raise ValueError(f'it has no text ({value!r})')
-    return text
+    if not isinstance(value, str) or re.match(r'\s*[\[{]\s*["\']', value):
+        raise ValueError(f'{str(value)[:40]} is not a text')
+    text = value.replace('<image>', '').strip()
+    return text.encode('utf-8', 'replace').decode()  # half characters of JSON become ?
 
 class CaptionedImages:
     """Photos with their texts. Unreadable ones are reported and replaced by the next one."""
@@ -291,39 +311,49 @@ class CaptionedImages:
 
 def find_images(path, image_dir=''):
     """{image name: [(prompt, answer), ...]} of a caption file or a folder, for the images that exist, and the
-    folder where they are. Reports what is left out."""
+    folder where they are. Reports what was found and what is left out."""
     path = os.path.expanduser(path)
     texts = defaultdict(list)
     unused = []
     n = 0
     try:
-        for n, (place, row) in enumerate(read_rows(path), 1):
+        for n, (label, row) in enumerate(read_rows(path), 1):
             try:
                 image, pairs = read_texts(row)
                 texts[os.path.normpath(image)] += pairs
             except (ValueError, TypeError, AttributeError) as e:
-                unused.append(f'{place}: {e}')
+                unused.append(f'{label}: {e}')
+    except UnicodeDecodeError as e:
+        raise UserError(f'{path} is not UTF-8; in Excel, save it as "CSV UTF-8"') from e
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f'{path} is not shapes, a folder or a caption file ({e!r})') from e
+        raise UserError(f'{path} cannot be used as a data set: {type(e).__name__}: {str(e)[:300]}') from e
+    check(n, f'{path} has no rows')
     check(texts, f'{path}: none of {n} rows can be used, the first is {"".join(unused[:1])}')
     if unused:
         print(f'{path}: {len(unused)} of {n} rows are skipped, the first is {unused[0]}', file=sys.stderr)
     beside = path if os.path.isdir(path) else os.path.dirname(path)
     folder = os.path.expanduser(image_dir) or beside or '.'
     for place in (folder, f'{folder}/images', f'{folder}/Images'):
-        found = {}
+        found = defaultdict(list)
+        lost = []
         for name in texts:
-            for file in (name, name.replace('\\', '/')):  # the latter for names from Windows
-                if os.path.isfile(os.path.join(place, file)):
-                    found[file] = texts[name]
+            file = name
+            if not os.path.isfile(os.path.join(place, name)):
+                file = name.replace('\\', '/')  # it may come from Windows
+            if os.path.isfile(os.path.join(place, file)):
+                found[file] += texts[name]
+            else:
+                lost.append(name)
         if found:
             break
-    lost = [name for name in texts if name not in found and name.replace('\\', '/') not in found]
     sought = os.path.join(folder, [*texts][0])
     check(found, f'{path}: no image found, e.g. {sought!r} does not exist; set --image_dir')
     if lost:
         print(f'{path}: {len(lost)} of {len(texts)} images are missing, e.g. {lost[0]!r}', file=sys.stderr)
-    return found, place
+    name = [*found][0]
+    total = sum(map(len, found.values()))
+    print(f'{path}: {len(found)} images with {total} texts, e.g. {name!r}: {found[name][0]}')
+    return dict(found), place
 
 # files of pictures ------------------------------------------------------------------------------------
 HEIC_HELP = 'Pillow alone cannot read HEIC: convert it to JPEG, or install pillow-heif'

@@ -83,7 +83,7 @@ def assert_one_line(error):
 
 # the files --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('name, limit', [
-    ('vlm.py', 850), ('data.py', 400), ('train.py', 560), ('sample.py', 180), ('test_vlm.py', 5000),
+    ('vlm.py', 850), ('data.py', 450), ('train.py', 560), ('sample.py', 180), ('test_vlm.py', 5000),
     ('README.md', 250)])
 def test_the_files_keep_to_their_length_and_width(name, limit):
     lines = (HERE / name).read_text(encoding='utf-8').splitlines()
@@ -2581,9 +2581,9 @@ GOOD = '{"image": "0.png", "caption": "x"}'
     ('a.csv', 'image,caption\n,y\n0.png,x\n', 'line 2: it names no image'),
     ('a.csv', 'image,caption\n1.png,"y\n0.png,x\n', 'line 2: a double quote is not closed'),
     ('a.csv', 'image,caption\n1.png,"y says\n0.png,"x"\n', 'line 2: a double quote is not closed'),
-    ('a.jsonl', '{"image": "1.png", "caption": NaN}\n' + GOOD, 'line 1: it has no text (nan)'),
+    ('a.jsonl', '{"image": "1.png", "caption": NaN}\n' + GOOD, 'line 1: it has no text'),
     ('a.jsonl', '{"image": "1.png"\n' + GOOD, 'line 1: not JSON'),
-    ('a.jsonl', '{"image": "1.png", "caption": {"a": 1}}\n' + GOOD, "line 1: it has no text"),
+    ('a.jsonl', '{"image": "1.png", "caption": {"a": 1}}\n' + GOOD, "line 1: {'a': 1} is not a text"),
     ('a.json', '["1.png", ' + GOOD + ']', 'entry 1: it is not an object'),
     ('a.json', '[{"caption": "y"}, ' + GOOD + ']', 'entry 1: it names no image'),
     ('a.json', '[{"image": "1.png", "conversations": []}, ' + GOOD + ']', 'entry 1: it has no'),
@@ -2604,12 +2604,12 @@ def test_a_row_that_cannot_be_used_is_skipped_and_reported(tmp_path, settings, c
     ('a.csv', 'image,caption\n0.png,x,y\n', 'none of 1 rows can be used, the first is line 2: more values'),
     ('a.csv', 'image,caption\nx.png,a\n', "no image found, e.g. '.*/x.png' does not exist"),
     ('a.csv', '', 'names no column image'),
-    ('a.csv', 'image,caption\n', 'none of 0 rows'),
+    ('a.csv', 'image,caption\n', 'has no rows'),
     ('a.csv', 'image,caption\n0.png,a\n', 'one of them held out'),
     ('a.jsonl', '{"image": "0.png"}', 'line 1: it has no text'),
     ('a.jsonl', '{"image": "0.png"', 'line 1: not JSON'),
-    ('a.json', '{"images": []}', 'not shapes, a folder or a caption file'),
-    ('a.json', '7', 'not shapes, a folder or a caption file'),
+    ('a.json', '{"images": []}', "must be COCO's captions"),
+    ('a.json', '7', 'cannot be used as a data set: TypeError'),
     ('a.json', '["0.png"]', 'entry 1: it is not an object'),
 ])
 def test_a_file_without_a_row_to_use_is_refused_in_one_line(tmp_path, settings, capfd, name, text, words):
@@ -2641,6 +2641,71 @@ def test_a_folder_with_a_metadata_file_is_read_by_it(tmp_path, settings, name):
 
     assert read_items(tmp_path / 'train') == {0: [('', 'one, number 0')], 1: [('', 'one, number 1')]}
 
+SUSPECT_ROWS = {  # (file, what is learned of its only useful row)
+    'a caption beside a question': ('image,question,answer,caption\n0.png,who?,me,a ball\n', ('who?', 'me')),
+    'an empty caption beside a note': ('image,caption,comment\n1.png,,blurry\n0.png,x,y\n', ('', 'x')),
+    'a list that pandas wrote': ('image,caption\n1.png,"[\'a dog\', \'a hound\']"\n0.png,x\n', ('', 'x')),
+    'empty cells of Excel': ('image,caption\n0.png,x,,\n', ('', 'x')),
+    'a row with commas in an open quote': ('image,caption\n1.png,"y\n1.png,a, b\n0.png,x\n', ('', 'x')),
+}
+
+@pytest.mark.parametrize('case', SUSPECT_ROWS)
+def test_nothing_is_learned_that_is_not_the_text(tmp_path, settings, case):
+    content, expected = SUSPECT_ROWS[case]
+    make_photos(tmp_path, 2)
+    (tmp_path / 'a.csv').write_text(content)
+
+    assert read_items(tmp_path / 'a.csv') == {0: [expected]}
+
+def test_of_a_list_of_captions_empty_ones_are_left_out(tmp_path, settings):
+    make_photos(tmp_path, 1)
+    (tmp_path / 'a.jsonl').write_text('{"image": "0.png", "caption": ["a", null, " ", NaN, 3]}')
+
+    assert read_items(tmp_path / 'a.jsonl') == {0: [('', 'a'), ('', '3')]}
+
+def test_only_what_a_person_asks_is_a_question(tmp_path, settings):
+    make_photos(tmp_path, 1)
+    said = [('human', 'who?'), ('gpt', 'me'), ('gpt', 'and you'), ('human', 'why?'), ('gpt', '7')]
+    turns = [{'from': speaker, 'value': text} for speaker, text in said]
+    (tmp_path / 'a.json').write_text(json.dumps([{'image': '0.png', 'conversations': turns}]))
+
+    assert read_items(tmp_path / 'a.json') == {0: [('who?', 'me'), ('why?', '7')]}
+
+def test_a_folder_with_a_caption_file_somewhere_has_no_classes(tmp_path, settings):
+    make_photos(tmp_path / 'Images', 2)
+    (tmp_path / 'captions.txt').write_text(CAPTION_FILES['a.csv'])
+    train.dataset = str(tmp_path)
+
+    with pytest.raises(UserError, match='it contains .*captions.txt: name that file') as error:
+        train.make_datasets()
+
+    assert_one_line(error)
+
+def test_a_text_file_in_another_encoding_costs_its_photo_only(tmp_path, settings, capfd):
+    make_photos(tmp_path, 2)
+    (tmp_path / '0.txt').write_text('x')
+    (tmp_path / '1.txt').write_bytes('Möwe'.encode('cp1252'))
+
+    assert read_items(tmp_path) == {0: [('', 'x')]}
+    assert "1.png: its captions cannot be read ('utf-8'" in capfd.readouterr().err
+
+def test_the_same_photo_by_two_names_has_the_texts_of_both(tmp_path, settings):
+    make_photos(tmp_path / 's', 1)
+    (tmp_path / 'a.csv').write_text('image,caption\ns/0.png,one\ns\\0.png,two\n./s/0.png,three\n')
+
+    texts, _ = data.find_images(str(tmp_path / 'a.csv'))
+
+    assert texts == {'s/0.png': [('', 'one'), ('', 'three'), ('', 'two')]}
+
+def test_what_was_found_is_reported_with_an_example(tmp_path, settings, capfd):
+    make_photos(tmp_path, 2)
+    (tmp_path / 'a.csv').write_text(CAPTION_FILES['a.csv'])
+
+    data.find_images(str(tmp_path / 'a.csv'))
+
+    assert capfd.readouterr().out == (
+        f"{tmp_path}/a.csv: 2 images with 2 texts, e.g. '0.png': ('', 'one, number 0')\n")
+
 def test_hidden_folders_are_no_classes_and_links_add_nothing(tmp_path, settings):
     make_photos(tmp_path / 'cat', 2)
     make_photos(tmp_path / '.thumbnails', 1)
@@ -2658,7 +2723,7 @@ def test_photos_without_captions_or_classes_are_refused(tmp_path, settings):
     make_photos(tmp_path, 2)
     train.dataset = str(tmp_path)
 
-    with pytest.raises(UserError, match='none of 2 rows can be used, .*/0.png: it has no text') as error:
+    with pytest.raises(UserError, match='none of 2 rows can be used, .*: its captions cannot be read') as error:
         train.make_datasets()
 
     assert_one_line(error)
@@ -3733,6 +3798,12 @@ def test_any_pair_of_repositories_is_downloaded_and_trained(hub, run):
     files = ['/'.join(path.split('/')[2:3] + path.split('/')[-1:]) for path in downloads]
     assert files == ['eyes/config.json', 'words/config.json', 'words/tokenizer.json',
                      'eyes/model.safetensors', 'words/model.safetensors']
+
+def test_only_a_resumed_run_can_be_evaluated_alone(run):
+    with pytest.raises(UserError, match='eval_only needs init_from=resume') as error:
+        run(*QUICK, '--eval_only')
+
+    assert_one_line(error)
 
 def test_a_run_survives_held_out_images_that_cannot_be_read(tmp_path, run, capfd):
     make_photos(tmp_path / 'photos/dog', 9)

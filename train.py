@@ -6,7 +6,7 @@ Trains the model in vlm.py on a CPU, a GPU, an Apple chip, or on several GPUs wi
     python train.py --batch_size=32 --out_dir=out-32   every setting below can be changed like this
     python train.py --preset=small --dataset=photos/captions.csv --out_dir=out-photos     your own photos
 """
-import atexit, datetime, math, os, random, re, shutil, signal, sys, textwrap, time
+import atexit, datetime, math, os, random, re, shlex, shutil, signal, sys, textwrap, time
 from collections import Counter, defaultdict
 from dataclasses import replace
 # before importing torch: oneDNN caches a kernel for every shape, and its default limit costs gigabytes
@@ -27,7 +27,7 @@ eval_iters = 20                  # held-out batches for the validation loss
 eval_samples = 200               # held-out items to answer, more at the end of shapes; 0 = none
 eval_only = False                # with init_from=resume: evaluate and stop
 overwrite = False                # allow replacing the checkpoint and the log in out_dir
-dataset = 'shapes'               # 'shapes', class folders, a .csv .txt .jsonl, COCO's or LLaVA's .json
+dataset = 'shapes'               # 'shapes', a caption file (.csv .tsv .txt .jsonl .json) or a folder
 val_dataset = ''                 # the same for validation; '' = a fixed 5 % of the images of dataset
 image_dir = ''                   # where all images are; '' = beside the caption file, or in its images/
 blind = False                    # train on black images: a baseline that cannot see
@@ -349,6 +349,7 @@ def main(argv=None):
     least = dict.fromkeys(positive.split(), 1) | dict(eval_samples=0, warmup_iters=0)
     for name in least:
         check(settings[name] >= least[name], f'{name}={settings[name]} must be at least {least[name]}')
+    check(not eval_only or init_from == 'resume', 'eval_only needs init_from=resume')
     folder = os.path.expanduser(out_dir)
     path = f'{folder}/ckpt.pt'
 
@@ -503,8 +504,10 @@ def main(argv=None):
     if halt:
         print(f'stopped at step {step}: continue with --init_from=resume --out_dir={out_dir}')
     else:
-        photo = '' if dataset == 'shapes' else f' --image={val_set.folder}/{val_set.names[0]}'
-        print(f'{step} steps, {time.time() - began:.0f} s. Now: python sample.py --out_dir={out_dir}{photo}')
+        command = f'python sample.py --out_dir={shlex.quote(out_dir)}'
+        if dataset != 'shapes':
+            command += f' --image={shlex.quote(os.path.join(val_set.folder, val_set.names[0]))}'
+        print(f'{step} steps, {time.time() - began:.0f} s. Now: {command}')
 
 if __name__ == '__main__':
     try:
