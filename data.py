@@ -352,7 +352,8 @@ def find_images(path, image_dir=''):
         print(f'{path}: {len(lost)} of {len(texts)} images are missing, e.g. {lost[0]!r}', file=sys.stderr)
     name = [*found][0]
     total = sum(map(len, found.values()))
-    print(f'{path}: {len(found)} images with {total} texts, e.g. {name!r}: {found[name][0]}')
+    example = str(found[name][0])[:80]
+    print(f'{path}: {len(found)} images with {total} texts, e.g. {name!r}: {example}')
     return dict(found), place
 
 # files of pictures ------------------------------------------------------------------------------------
