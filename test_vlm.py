@@ -2659,9 +2659,9 @@ def test_nothing_is_learned_that_is_not_the_text(tmp_path, settings, case):
 
 def test_of_a_list_of_captions_empty_ones_are_left_out(tmp_path, settings):
     make_photos(tmp_path, 1)
-    (tmp_path / 'a.jsonl').write_text('{"image": "0.png", "caption": ["a", null, " ", NaN, 3]}')
+    (tmp_path / 'a.jsonl').write_text('{"image": "0.png", "caption": ["a", null, " ", NaN, 0]}')
 
-    assert read_items(tmp_path / 'a.jsonl') == {0: [('', 'a'), ('', '3')]}
+    assert read_items(tmp_path / 'a.jsonl') == {0: [('', 'a'), ('', '0')]}
 
 def test_only_what_a_person_asks_is_a_question(tmp_path, settings):
     make_photos(tmp_path, 1)
