@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional as TF
 from data import Shapes, find_pictures, open_table, read_pictures
-from train import find_device
+from train import check_compiler, find_device
 from vlm import MinimalVLM, Tokenizer, UserError, check, encode_answer, encode_prompt
 from vlm import load_checkpoint, override
 
@@ -53,8 +53,7 @@ def load_model(where):
             report(f'this model only knows drawn shapes; for photos: {command}')
         return model, tok
     model = MinimalVLM.from_pretrained(name).to(where)
-    has_tokenizer = os.path.exists(f'{path}/tokenizer.json')
-    return model, Tokenizer.make(path if has_tokenizer else model.cfg.tokenizer)
+    return model, Tokenizer.make(path if os.path.exists(f'{path}/tokenizer.json') else model.cfg.tokenizer)
 
 # answers ----------------------------------------------------------------------------------------------
 def rank_choices(model, tok, pixels, ids, texts):
@@ -146,6 +145,7 @@ def main(argv=None):
     model, tok = load_model(where)
     model.to(getattr(torch, precision))
     if compile:
+        check_compiler()
         model.decoder.compile(dynamic=True)
     if not image:
         os.makedirs(os.path.dirname(paths[0]), exist_ok=True)

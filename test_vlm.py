@@ -4637,6 +4637,15 @@ def test_mistakes_are_found_before_a_model_is_loaded(folder, talk, monkeypatch, 
 
     assert_one_line(error)
 
+def test_compiling_a_decoder_without_a_compiler_is_a_user_error_of_one_line(folder, talk, monkeypatch):
+    monkeypatch.setenv('PATH', '/nowhere')
+    monkeypatch.delenv('CXX', raising=False)
+
+    with pytest.raises(UserError, match='compile needs a C') as error:
+        talk(f'--out_dir={folder}', f'--image={folder}/a.png', '--compile')
+
+    assert_one_line(error)
+
 def test_a_model_that_knows_only_drawn_shapes_says_so_about_a_picture(trained, talk):
     data.Shapes('val', 3)[0][0].save(trained[0] / 'scene.png')
 
