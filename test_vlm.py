@@ -39,7 +39,7 @@ from vlm import (PRESETS, MinimalVLM, Tokenizer, TransformerConfig, UserError, V
                  encode_answer, encode_prompt, image_transform, load_checkpoint, open_image, sample_top_p,
                  save_checkpoint)
 
-torch.set_num_threads(1)  # quicker for the small models here; the default job below takes all cores
+torch.set_num_threads(1)  # quicker for the small models here, and a core is left for the default job
 HERE = pathlib.Path(__file__).resolve().parent
 DATA = HERE / '..' / 'shared' / 'data'
 VIT = TransformerConfig(n_layer=2, n_head=4, n_embd=32)
@@ -4099,15 +4099,27 @@ def test_a_folder_renamed_to_out_is_resumed_there(tmp_path, run, monkeypatch):
     assert train.out_dir == 'out'
 
 # the default job, in short, and what sample.py makes of it --------------------------------------------
-@pytest.fixture(scope='session')
-def trained(tmp_path_factory):
-    """Folder and output of 300 steps of the default job."""
+@pytest.fixture(scope='session', autouse=True)
+def training(request, tmp_path_factory):
+    """300 steps of the default job, if a test needs them: on one core, while the other tests run."""
+    if not any('trained' in item.fixturenames for item in request.session.items):
+        yield
+        return
     folder = tmp_path_factory.mktemp('trained')
     command = [sys.executable, HERE / 'train.py', '--max_iters=300', '--eval_samples=10',
                '--learning_rate=3e-3', '--muon_lr=0.02']
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder / 'out', done.stdout
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, **pipes)
+    yield folder, process
+    process.kill()
+
+@pytest.fixture(scope='session')
+def trained(training):
+    """Folder and output of these steps."""
+    folder, process = training
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return folder / 'out', printed
 
 @pytest.fixture
 def talk(monkeypatch, capsys):
