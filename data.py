@@ -235,7 +235,7 @@ def read_folder(path):
     for photo, file in beside.items():
         row = dict(image=os.path.relpath(photo, path))
         folder = os.path.dirname(row['image'])
-        if is_unread_heic(photo):
+        if is_unreadable_heic(photo):
             row = ValueError(HEIC_HELP)
         elif has_captions or not folder:
             try:
@@ -359,14 +359,14 @@ def find_images(path, image_dir=''):
 # files of pictures ------------------------------------------------------------------------------------
 HEIC_HELP = 'Pillow alone cannot read HEIC: convert it to JPEG, or install pillow-heif'
 
-def is_unread_heic(path):
+def is_unreadable_heic(path):
     return path.lower().endswith(('.heic', '.heif')) and '.heic' not in Image.registered_extensions()
 
 def is_picture(path):
     """True if Pillow reads files with this ending, or it is HEIC, and the name does not begin with a dot."""
     name = os.path.basename(path)
     kind = Image.registered_extensions().get(os.path.splitext(name)[1].lower())
-    return not name.startswith('.') and (kind in Image.OPEN or is_unread_heic(path))
+    return not name.startswith('.') and (kind in Image.OPEN or is_unreadable_heic(path))
 
 def find_pictures(given):
     """The paths that given stands for: a file, several with commas, a folder or a pattern."""
@@ -386,7 +386,7 @@ def read_pictures(paths, cfg, where, failed):
     """Yields (path, pixels (3,P,P)); a picture that cannot be read is reported and added to failed."""
     for path in paths:
         try:
-            check(not is_unread_heic(path), f'{path}: {HEIC_HELP}')
+            check(not is_unreadable_heic(path), f'{path}: {HEIC_HELP}')
             yield path, image_transform(cfg)(open_image(path, cfg.image_size)).to(where)
         except UserError as e:
             print(f'skipped: {e}', file=sys.stderr)
