@@ -133,7 +133,7 @@ QUESTIONS = 3 * [ask_existence, ask_count] + 2 * [ask_side, ask_color] + [ask_sh
 
 # photos with captions ---------------------------------------------------------------------------------
 # what the columns of a table, or the keys of JSON, may be called, in any case; the first one there counts
-IMAGE_NAMES = ('image', 'file_name', 'image_name', 'filename')
+IMAGE_NAMES = ('image', 'file_name', 'image_name', 'filename', 'image_path', 'path')
 PROMPT_NAMES = ('prompt', 'question')
 ANSWER_NAMES = ('caption', 'answer', 'text', 'comment')
 
@@ -144,18 +144,23 @@ def read_rows(path):
         yield from read_folder(path)
         return
     with open(path, encoding='utf-8-sig', newline='') as f:
-        if path.lower().endswith('.jsonl'):
-            for n, line in enumerate(f, 1):
-                if line.strip():
-                    yield f'line {n}', read_json_line(line)
-        elif path.lower().endswith('.json'):
-            data = json.load(f)
-            if isinstance(data, dict):
-                data = coco_rows(data)
-            for n, row in enumerate(data, 1):
-                yield f'entry {n}', row
-        else:
-            yield from read_table(list(f))
+        lines = list(f)
+    if not path.lower().endswith(('.json', '.jsonl')):
+        yield from read_table(lines)
+    elif path.lower().endswith('.jsonl') or has_objects_on_lines(lines):
+        for n, line in enumerate(lines, 1):
+            if line.strip():
+                yield f'line {n}', read_json_line(line)
+    else:
+        data = json.loads(''.join(lines))
+        if isinstance(data, dict):
+            data = coco_rows(data)
+        for n, row in enumerate(data, 1):
+            yield f'entry {n}', row
+
+def has_objects_on_lines(lines):
+    """True if a .json file is .jsonl in truth: an object on each of the first two lines."""
+    return len(lines) > 1 and all(isinstance(read_json_line(line), dict) for line in lines[:2])
 
 def read_json_line(line):
     try:
@@ -173,17 +178,20 @@ def coco_rows(data):
 def read_table(lines):
     """Yields the rows below a header. A value in double quotes may span lines; but if one of these looks like
     a row, the quote was never closed, and the row where it begins cannot be used."""
-    header = ''.join(lines[:1])
+    n = 0  # lines read so far
+    if re.match('"?sep=', ''.join(lines[:1])):  # written for Excel, before the header
+        n = 1
+    header = ''.join(lines[n : n + 1])
+    n += 1
     style = dict(delimiter=max(',;\t|', key=header.count), skipinitialspace=True)
     names = [name.strip() for name in next(csv.reader([header], **style), [])]
     columns = [i for i, name in enumerate(names) if name.lower() in IMAGE_NAMES]
     if not columns:
         wanted = ' or '.join(IMAGE_NAMES)
-        raise ValueError(f'its first line, {header.strip()[:80]!r}, names no column {wanted}')
+        raise ValueError(f'its header, {header.strip()[:80]!r}, names no column {wanted}')
     def looks_like_a_row(line):
         values = next(csv.reader([line], **style), [])
         return len(values) >= len(names) and is_picture(values[columns[0]].strip())
-    n = 1  # lines read so far
     def remaining_lines():
         nonlocal n
         while n < len(lines):
@@ -214,7 +222,8 @@ def read_folder(path):
         if os.path.isfile(os.path.join(path, name)):
             yield from read_rows(os.path.join(path, name))
             return
-    photos = {}  # by real path, since links may lead to a photo again
+    photos = {}  # path -> the one to use: several may be links to one photo
+    by_real_path = {}
     tables = []
     seen = set()
     for folder, folders, names in os.walk(path, followlinks=True):
@@ -225,16 +234,20 @@ def read_folder(path):
         seen.add(os.path.realpath(folder))
         for file in [os.path.join(folder, name) for name in sorted(names)]:
             if is_picture(file):
-                photos.setdefault(os.path.realpath(file), file)
+                photos[file] = by_real_path.setdefault(os.path.realpath(file), file)
             elif file.endswith(('.csv', '.tsv', '.json', '.jsonl', '.caption', 'captions.txt')):
                 tables.append(file)
-    beside = {photo: os.path.splitext(photo)[0] + '.txt' for photo in photos.values()}
+    beside = {photo: os.path.splitext(photo)[0] + '.txt' for photo in photos}
     has_captions = any(map(os.path.isfile, beside.values()))
     if tables and not has_captions:
         raise ValueError(f'it contains {tables[0]}: name that file, or take it away')
+    classes = {os.path.dirname(os.path.relpath(photo, path)) for photo in photos}
+    if len(classes) == 1 and not has_captions and '' not in classes:
+        print(f'{path}: no photo has a .txt file, and all are in one folder, {classes}: its name is all that '
+              'can be learned', file=sys.stderr)
     for photo, file in beside.items():
-        row = dict(image=os.path.relpath(photo, path))
-        folder = os.path.dirname(row['image'])
+        row = dict(image=os.path.relpath(photos[photo], path))
+        folder = os.path.dirname(os.path.relpath(photo, path))
         if is_unreadable_heic(photo):
             row = ValueError(HEIC_HELP)
         elif has_captions or not folder:
@@ -265,6 +278,8 @@ def read_texts(row):
         image = image[0]
     if not isinstance(image, str) or not image.strip():
         raise ValueError(f'it names no image ({", ".join(IMAGE_NAMES)})')
+    if '://' in image:
+        raise ValueError('its image is a URL: download it, and name the file')
     if not isinstance(answers, list):
         answers = [answers]
     texts = [(prompt, answer) for answer in answers]

@@ -2484,12 +2484,14 @@ def test_every_question_format_gives_the_same_items(tmp_path, settings, name):
 
     assert items == {0: [('who?', 'me'), ('why?', '7')]}
 
-def test_a_class_folder_answers_what_its_pictures_are(tmp_path, settings):
+def test_a_class_folder_answers_what_its_pictures_are_and_one_class_is_reported(
+        tmp_path, settings, capfd):
     make_photos(tmp_path / 'sea_horse', 2)
     (tmp_path / 'sea_horse/notes.txt').write_text('no picture')
 
     items = read_items(tmp_path)
 
+    assert "all are in one folder, {'sea_horse'}" in capfd.readouterr().err
     assert items == {0: [('what is this?', 'sea horse')], 1: [('what is this?', 'sea horse')]}
 
 def test_five_percent_of_the_images_are_held_out_always_the_same(tmp_path, settings):
@@ -2547,6 +2549,9 @@ SAME_ROWS = {  # as in CAPTION_FILES
                       '{"role": "assistant", "content": "one, number 0"}]}\n'
                       '{"image": "./1.png", "caption": "one, number 1"}',
     'string ids.json': json.dumps(COCO).replace('"image_id": 70', '"image_id": "70"'),
+    'lines.json': CAPTION_FILES['a.jsonl'].replace('\n\n', '\n'),
+    'for Excel.csv': 'sep=;\nimage;caption\n0.png;one, number 0\n1.png;one, number 1\n',
+    'paths.jsonl': CAPTION_FILES['a.jsonl'].replace('"image"', '"image_path"'),
 }
 
 @pytest.mark.parametrize('name', SAME_ROWS)
@@ -2579,6 +2584,8 @@ GOOD = '{"image": "0.png", "caption": "x"}'
     ('a.csv', 'image,caption\n0.png,x\n1.png," "\n', 'line 3: it has no text'),
     ('a.csv', 'image,caption\n\n1.png,a, b\n0.png,x\n', 'line 3: more values than columns'),
     ('a.csv', 'image,caption\n,y\n0.png,x\n', 'line 2: it names no image'),
+    ('a.csv', 'sep=,\nimage,caption\n,y\n0.png,x\n', 'line 3: it names no image'),
+    ('a.csv', 'image,caption\nhttps://a.com/1.png,y\n0.png,x\n', 'line 2: its image is a URL'),
     ('a.csv', 'image,caption\n1.png,"y\n0.png,x\n', 'line 2: a double quote is not closed'),
     ('a.csv', 'image,caption\n1.png,"y says\n0.png,"x"\n', 'line 2: a double quote is not closed'),
     ('a.jsonl', '{"image": "1.png", "caption": NaN}\n' + GOOD, 'line 1: it has no text'),
@@ -2718,6 +2725,16 @@ def test_hidden_folders_are_no_classes_and_links_add_nothing(tmp_path, settings)
 
     assert [os.path.realpath(f'{tmp_path}/{name}') for name in photos.names] == [
         f'{tmp_path}/cat/0.png', f'{tmp_path}/cat/1.png']
+
+def test_a_photo_that_is_linked_into_a_second_class_is_one_photo_of_both_classes(tmp_path, settings, capfd):
+    make_photos(tmp_path / 'cat', 1)
+    make_photos(tmp_path / 'pet', 0)
+    (tmp_path / 'pet/tom.png').symlink_to(tmp_path / 'cat/0.png')
+
+    items = read_items(tmp_path)
+
+    assert items == {0: [('what is this?', 'cat'), ('what is this?', 'pet')]}
+    assert capfd.readouterr().err == ''
 
 def test_photos_without_captions_or_classes_are_refused(tmp_path, settings):
     make_photos(tmp_path, 2)
@@ -2871,6 +2888,14 @@ def test_an_epoch_shows_every_image_once_and_the_next_in_another_order(settings)
     second = grays[2] + grays[3]
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
+
+def test_val_dataset_needs_photos_to_train_on(settings):
+    train.val_dataset = 'photos'
+
+    with pytest.raises(UserError, match='val_dataset is for photos') as error:
+        train.make_datasets()
+
+    assert_one_line(error)
 
 @pytest.mark.parametrize('limit', [1, 3, 10])
 def test_a_row_has_at_most_texts_per_image_texts(settings, limit):
@@ -3049,16 +3074,31 @@ def test_texts_that_do_not_fit_are_counted_and_the_block_that_would_hold_them_is
     texts = [('', 'b' * 30), ('', 'b' * 31), ('q' * 15, 'a'), ('q' * 17, 'a')]
     cfg = replace(TINY, block_size=TINY.n_visual + 32)  # of bytes: end-of-text or ' ' + q, then ' ' + b, end
 
-    train.report_cut_texts(texts, cfg, BYTES)
+    groups = [[text] for text in texts]
+    train.report_cut_texts(groups, cfg, BYTES)
     said = capfd.readouterr().out
     needed = int(re.search(r'--block_size=(\d+)', said)[1])
-    train.report_cut_texts(texts, replace(cfg, block_size=needed), BYTES)
+    train.report_cut_texts(groups, replace(cfg, block_size=needed), BYTES)
     said_after = capfd.readouterr().out
-    train.report_cut_texts(texts, replace(cfg, block_size=needed - 1), BYTES)
+    train.report_cut_texts(groups, replace(cfg, block_size=needed - 1), BYTES)
 
     assert said.startswith('2 of 4 texts are too long')
     assert said_after == ''
     assert capfd.readouterr().out.startswith('1 of 4 texts')
+
+def test_texts_of_an_image_that_do_not_fit_together_are_counted(settings, capfd):
+    train.texts_per_image = 2
+    groups = [[('', 'b' * 4), ('', 'b' * 8), ('', 'b' * 12)], [('', 'b' * 9), ('', 'b' * 9)]]
+    room = (2 + 8) + (2 + 12)  # end-of-text and ' ', then the letters; an end is not an input
+
+    train.report_cut_texts(groups, replace(TINY, block_size=TINY.n_visual + room), BYTES)
+    said_where_it_fits = capfd.readouterr().out
+    train.report_cut_texts(groups, replace(TINY, block_size=TINY.n_visual + room - 1), BYTES)
+
+    assert said_where_it_fits == ''
+    said = capfd.readouterr().out
+    assert said.startswith('1 of 2 images have more texts than fit at once')
+    assert f'--block_size={TINY.n_visual + room} makes room' in said
 
 # train.py, optimizers ---------------------------------------------------------------------------------
 def five_steps(ours, our_optimizers, theirs, their_optimizer):
@@ -3566,9 +3606,9 @@ def test_fine_tuning_starts_at_step_0_with_weights_and_tokenizer_of_a_file(tmp_p
     assert_same_state(end['model'], start['model'])
 
 @pytest.mark.parametrize('option', ['tokenizer=bpe', 'vocab_size=300', 'image_size=32', 'block_size=90',
-                                    'projection=mlp', 'dropout=0'])
+                                    'projection=mlp', 'dropout=0', 'preset=small'])
 def test_what_a_file_fixes_cannot_be_changed_in_fine_tuning(tmp_path, start, run, option):
-    with pytest.raises(UserError, match='start.pt fixes tokenizer, sizes, projection and dropout') as error:
+    with pytest.raises(UserError, match='start.pt fixes preset, tokenizer, sizes') as error:
         run(*QUICK, '--tokenizer=', f'--init_from={tmp_path}/start.pt', f'--{option}')
 
     assert_one_line(error)

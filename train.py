@@ -87,6 +87,7 @@ def check_compiler():
 def make_datasets():
     """The data sets for training and for validation: val_dataset, or the same 5 % of the images each time."""
     if dataset == 'shapes':
+        check(not val_dataset, 'val_dataset is for photos: name them with --dataset')
         return Shapes('train', seed), Shapes('val', seed)
     texts, folder = find_images(dataset, image_dir)
     if val_dataset:
@@ -157,20 +158,31 @@ def load(batches, numbers, device):
         check(not died, 'a data loading process died, perhaps for want of memory: try --num_workers=0')
         raise
 
-def report_cut_texts(texts, cfg, tokenizer):
-    """Says how many of the (prompt, answer) texts are longer than the model's block allows."""
+def report_cut_texts(groups, cfg, tokenizer):
+    """Says how many (prompt, answer) texts are longer than the model's block allows, and how many groups, the
+    texts of an image, do not fit together."""
     room = cfg.block_size - cfg.n_visual
     endless = replace(cfg, block_size=10**9)
-    cut = 0
-    needed = 0
-    for prompt, answer in texts:
-        asked = len(encode_prompt(tokenizer, endless, prompt))
-        length = asked + len(encode_answer(tokenizer, cfg, answer)) - 1  # the last token is no input
-        if length > room or asked > room // 2:
-            cut += 1
-            needed = max(needed, cfg.n_visual + max(length, 2 * asked))
+    cut = needed = crowded = needed_together = 0
+    for texts in groups:
+        lengths = []
+        for prompt, answer in texts:
+            asked = len(encode_prompt(tokenizer, endless, prompt))
+            length = asked + len(encode_answer(tokenizer, cfg, answer)) - 1  # the last token is no input
+            lengths.append(length)
+            if length > room or asked > room // 2:
+                cut += 1
+                needed = max(needed, cfg.n_visual + max(length, 2 * asked))
+        together = sum(sorted(lengths)[-texts_per_image:])
+        if together > room:
+            crowded += 1
+            needed_together = max(needed_together, cfg.n_visual + together)
     if cut:
-        print(f'{cut} of {len(texts)} texts are too long and will be cut: --block_size={needed} makes room')
+        total = sum(map(len, groups))
+        print(f'{cut} of {total} texts are too long and will be cut: --block_size={needed} makes room')
+    elif crowded:
+        print(f'{crowded} of {len(groups)} images have more texts than fit at once, so a random one is cut: '
+              f'--block_size={needed_together} makes room, or fewer --texts_per_image')
 
 # optimizers -------------------------------------------------------------------------------------------
 class Muon(torch.optim.Optimizer):
@@ -318,7 +330,8 @@ def make_model(texts):
     """The model and the tokenizer of a new run, from the settings; texts: for a tokenizer to learn from."""
     if init_from.endswith('.pt'):
         changed = tokenizer or vocab_size or image_size or block_size or projection or dropout >= 0
-        check(not changed, f'{init_from} fixes tokenizer, sizes, projection and dropout: leave them out')
+        changed = changed or preset != 'tiny'  # the default
+        check(not changed, f'{init_from} fixes preset, tokenizer, sizes, projection and dropout: set none')
         return load_checkpoint(os.path.expanduser(init_from))[:2]
     names = init_from
     if init_from == 'pretrained':
@@ -391,8 +404,7 @@ def main(argv=None):
         texts = train_set.texts if dataset != 'shapes' else [train_set[i][1] for i in range(400)]
         model, tok = make_model([' '.join(text) for group in texts for text in group])
     if dataset != 'shapes':
-        texts = [text for group in train_set.texts for text in group]
-        report_cut_texts(texts[:20_000], model.cfg, tok)  # more would take minutes
+        report_cut_texts(train_set.texts[:5000], model.cfg, tok)  # more would take minutes
     train_set.size = val_set.size = int(1.4 * model.cfg.image_size)  # more than image_size: augment crops
     model.to(where, memory_format=torch.channels_last)  # convolutions are faster in this format
     for module in model.modules():
