@@ -394,7 +394,7 @@ class MinimalVLM(nn.Module):
         logits = self.decoder.head(padded)[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def stream(self, images, ids, max_new_tokens=50, temperature=1.0, top_p=1.0, top_k=0, stop=-1):
         """Yields the next tokens (B,1). Call eval() first. ids (B,T): prompts of one length. images:
         (B,3,P,P), (1,3,P,P) for all B, or None. A finished row yields stop until all finish."""
