@@ -338,7 +338,10 @@ def make_model(texts):
         names = {'nanovlm': 'siglip-b-16,smollm2-135m'}.get(preset, 'siglip-b-16,gpt2')
     published = {}
     for name in [name for name in names.split(',') if name != 'scratch']:
-        published |= read_config(name.strip())
+        config = read_config(name.strip())
+        if 'text' in config and os.path.isfile(os.path.expanduser(f'{name.strip()}/tokenizer.json')):
+            config['tokenizer'] = name.strip()  # nanoVLM's names a repository
+        published |= config
     cfg = vars(PRESETS[preset]) | published
     tok = Tokenizer.make(tokenizer or cfg['tokenizer'], texts, vocab_size or cfg['vocab_size'])
     if 'text' not in published:  # else the published decoder fixes it
