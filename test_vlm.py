@@ -3839,6 +3839,16 @@ def test_any_pair_of_repositories_is_downloaded_and_trained(hub, run):
     assert files == ['eyes/config.json', 'words/config.json', 'words/tokenizer.json',
                      'eyes/model.safetensors', 'words/model.safetensors']
 
+def test_a_nanovlm_in_a_folder_is_trained_with_the_tokenizer_in_it(hub, tmp_path, settings):
+    write_nanovlm(tmp_path / 'nano')
+    theirs = train_tokenizer(tmp_path / 'nano/tokenizer.json', digits=True, vocab_size=300)
+    train.init_from = f'{tmp_path}/nano'
+
+    model, tok = train.make_model([])
+
+    assert tok.encode('the cat 12') == theirs.encode('the cat 12').ids
+    assert hub[1] == []  # no downloads
+
 def test_only_a_resumed_run_can_be_evaluated_alone(run):
     with pytest.raises(UserError, match='eval_only needs init_from=resume') as error:
         run(*QUICK, '--eval_only')
