@@ -48,9 +48,9 @@ def load_model(where):
         name = path = 'nanovlm-222m'
     if path.endswith('.pt'):
         model, tok, extra = load_checkpoint(path, where)
-        if image and extra.get('settings', {}).get('dataset') == 'shapes':
-            command = f'python sample.py --init_from=nanovlm-222m --image="{image}"'
-            report(f'this model only knows drawn shapes; for photos: {command}')
+        if image and not image.endswith('drawn.png') and extra.get('settings', {}).get('dataset') == 'shapes':
+            report('this model only knows drawn shapes; for photos: '
+                   f'python sample.py --init_from=nanovlm-222m --image="{image}"')
         return model, tok
     model = MinimalVLM.from_pretrained(name).to(where)
     return model, Tokenizer.make(path if os.path.exists(f'{path}/tokenizer.json') else model.cfg.tokenizer)

@@ -4713,11 +4713,12 @@ def test_a_model_that_knows_only_drawn_shapes_says_so_about_a_picture(trained, t
 
     _, _, about_a_picture = talk(f'--out_dir={trained[0]}', f'--image={trained[0]}/scene.png')
     _, _, about_its_scene = talk(f'--out_dir={trained[0]}')
+    _, _, about_it_again = talk(f'--out_dir={trained[0]}', f'--image={trained[0]}/drawn.png')
 
     command = f'python sample.py --init_from=nanovlm-222m --image="{trained[0]}/scene.png"\n'
     assert about_a_picture.startswith('sample.py: this model only knows drawn shapes; ')
     assert about_a_picture.endswith(command)
-    assert about_its_scene == ''
+    assert about_its_scene == about_it_again == ''
 
 def test_a_model_of_photos_does_not_say_that_it_knows_only_shapes(folder, talk):
     settings = dict(dataset='photos/captions.csv')
