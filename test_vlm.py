@@ -1476,6 +1476,14 @@ def test_offline_the_address_and_the_place_for_the_file_are_named(hub, tmp_path,
     write_nanovlm(place.parent)
     assert MinimalVLM.from_pretrained('nanovlm-222m').cfg == NANO
 
+def test_a_mirror_without_http_is_refused_in_one_line(hub, monkeypatch):
+    monkeypatch.setenv('HF_ENDPOINT', 'hf-mirror.com')
+
+    with pytest.raises(UserError, match='cannot download hf-mirror.com/') as error:
+        MinimalVLM.from_pretrained('nanovlm-222m')
+
+    assert_one_line(error)
+
 @pytest.mark.parametrize('name', ['gtp2', '', '../gpt2', 'a/b/c'])
 def test_a_mistyped_name_makes_no_folder(hub, tmp_path, name):
     with pytest.raises(UserError, match='is not a folder, an owner/name repository') as error:
@@ -1707,7 +1715,7 @@ def test_spaces_between_the_names_of_public_weights_are_skipped(tmp_path):
 def test_a_resnet_is_refused_by_a_model_with_another_encoder(monkeypatch):
     monkeypatch.setattr(vlm, 'ResNetEncoder', lambda cfg, weights: pytest.fail('it would be loaded'))
 
-    with pytest.raises(UserError, match='resnet18: the model has a vit') as error:
+    with pytest.raises(UserError, match='resnet18: the model has encoder=vit') as error:
         MinimalVLM.from_pretrained('resnet18', CFG)
 
     assert_one_line(error)
@@ -1830,6 +1838,12 @@ def test_learning_stops_where_no_pair_comes_twice():
 
     assert len(learned) == 257
     assert learned['ab'] == 256
+
+def test_a_tokenizer_always_has_all_bytes_whatever_the_vocabulary_size():
+    tokenizer = Tokenizer.make('bpe', ['ab', 'ab'], 100)
+
+    assert tokenizer.encode('\u00e9') == [0xc3, 0xa9]
+    assert tokenizer.vocab_size == 257
 
 def test_streamed_text_never_breaks_a_character():
     tokenizer = Tokenizer.make('bytes')

@@ -38,7 +38,7 @@ texts_per_image = 10             # maximum number of texts trained on with each 
 gradient_accumulation_steps = 1  # forward passes per optimizer step
 preset = 'tiny'                  # 'tiny', 'small', 'base' or 'nanovlm': see PRESETS in vlm.py
 tokenizer = ''                   # 'bytes', 'bpe' (learned), a folder or repository; '' = the preset's
-vocab_size = 0                   # maximum vocabulary size for 'bpe'; 0 = the preset's
+vocab_size = 0                   # maximum vocabulary size for 'bpe', from 257; 0 = the preset's
 image_size = 0                   # pixels per side; 0 = the preset's
 block_size = 0                   # tokens per sequence, the image's included; 0 = the preset's
 projection = ''                  # 'linear', 'mlp', 'pixel_shuffle', 'perceiver'; '' = the preset's

@@ -99,7 +99,7 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
         P, cell = self.image_size, self.patch_size * self.factor
         check(P >= cell > 0 and P % cell == 0, f'image_size={P} must be a multiple of {cell}')
         check(self.prompt_template.count('{}') == 1, 'prompt_template must contain {} once')
-        check(self.block_size >= self.n_visual + 16, f'block_size={self.block_size} is too small')
+        check(self.block_size >= self.n_visual + 16, f'block_size={self.block_size} < {self.n_visual + 16}')
 
 SIGLIP_B = TransformerConfig(n_layer=12, n_head=12, n_embd=768, activation='gelu_tanh')
 GPT2 = TransformerConfig(n_layer=12, n_head=12, n_embd=768, activation='gelu_tanh', norm_eps=1e-5)
@@ -133,7 +133,7 @@ def rope_angles(cfg, pos):
 
 def apply_rope(x, rope):
     """Rotary position embedding: rotates the channel pairs (i, i + D/2) of queries or keys x (B,H,T,D), so
-    that q.k depends only on how far apart the two tokens are."""
+    that positions enter q.k only by how far apart the two tokens are."""
     cos, sin = rope.to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -179,7 +179,7 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         is_causal = self.causal and mask is None
-        if x.size(1) == 1:  # one token, behind a cache
+        if x.size(1) == 1:  # one query, behind a cache
             is_causal = False  # it may see all keys; is_causal would let it see only the first key
         if cache is not None:
             assert cache.k is None or x.size(1) == 1  # several tokens would need a mask
@@ -234,7 +234,7 @@ class Transformer(nn.Module):  # blocks and a final norm
         self.grad_checkpointing = False  # True: recompute each block in backward, to save memory
     def forward(self, x, context=None, mask=None, rope=None, caches=None):
         for i, block in enumerate(self.blocks):
-            if self.grad_checkpointing and torch.is_grad_enabled():  # training only: no caches
+            if self.grad_checkpointing and torch.is_grad_enabled():  # with gradients there are no caches
                 x = torch.utils.checkpoint.checkpoint(block, x, context, mask, rope, use_reentrant=False)
             else:
                 x = block(x, context, mask, rope, caches[i] if caches else None)
@@ -291,7 +291,7 @@ class MultimodalProjection(nn.Module):
         else:  # one linear map; as in nanoVLM, pixel_shuffle has no bias
             self.proj = nn.Linear(n_in, n_out, bias=self.kind != 'pixel_shuffle')
         if self.kind == 'perceiver':  # after Flamingo: learned queries cross-attend to the features
-            self.norm = make_norm(cfg.text)  # of the features; the blocks norm the latents
+            self.norm = make_norm(cfg.text)  # of the features: the blocks norm the latents only
             self.latents = nn.Parameter(0.02 * torch.randn(cfg.n_latents, n_out))
             self.resampler = Transformer(replace(cfg.text, n_layer=2))
     def forward(self, x):
@@ -346,7 +346,7 @@ class MinimalVLM(nn.Module):
         self.decoder = LanguageDecoder(cfg)
         self.init_weights()
     def init_weights(self):
-        """GPT-2's initialization, except for queries and keys. Convolutions keep PyTorch's own."""
+        """GPT-2's, except for the queries and keys of self-attention. Convolutions keep PyTorch's own."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -371,7 +371,7 @@ class MinimalVLM(nn.Module):
             pixels = transforms.functional.normalize(pixels, self.cfg.image_mean, self.cfg.image_std)
             visual = self.projection(self.vision(pixels))  # (B,N,C) or (1,N,C)
             x = torch.cat([visual.expand(ids.size(0), -1, -1), x], dim=1)
-        check(0 < x.size(1) <= self.cfg.block_size, 'expected 1 to block_size tokens in all')
+        check(0 < x.size(1) <= self.cfg.block_size, f'{x.size(1)} tokens: expected 1 to block_size')
         return x
 
     def forward(self, images, ids, targets=None, positions=None):
@@ -390,7 +390,7 @@ class MinimalVLM(nn.Module):
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
         h = h[is_scored]
-        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # multiples of 256: CPUs compile few kernels
+        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # to a multiple of 256: few shapes for oneDNN to compile
         logits = self.decoder.head(padded)[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
@@ -415,7 +415,7 @@ class MinimalVLM(nn.Module):
     def generate(self, images, ids, max_new_tokens=50, **options):  # -> (B,T+new), with the prompts
         return torch.cat([ids, *self.stream(images, ids, max_new_tokens, **options)], dim=1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def score(self, image, prompt, choices):
         """Log-probabilities (n,) of choices, each ids (L_i,) with end-of-text. image (3,P,P), prompt (T,)"""
         answers = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-100)  # (n,L)
@@ -433,7 +433,7 @@ class MinimalVLM(nn.Module):
         model = cls(cfg or VLMConfig(**published))
         for name in names:
             if name in ('resnet18', 'resnet50'):
-                check(model.cfg.encoder == name, f'{name}: the model has a {model.cfg.encoder}')
+                check(model.cfg.encoder == name, f'{name}: the model has encoder={model.cfg.encoder}')
                 model.vision = ResNetEncoder(model.cfg, weights='DEFAULT')
             else:
                 load_weights(model, fetch(name, 'model.safetensors'))
@@ -496,7 +496,7 @@ norm                ln_f                   norm                                 
 """)
 NAMES = dict(vision=VISION_NAMES, projection={'nanoVLM': {'proj': 'MP.proj'}}, decoder=TEXT_NAMES)
 PREFIX = r'^(transformer|vision_model|model)\.'  # before all names in some files; the tables omit it
-# tensors we ignore: SigLIP's text half and pooling head, GPT-2's masks, RoPE tables
+# tensors we ignore: SigLIP's text half, scale, bias and pooling head, GPT-2's masks, RoPE tables
 UNUSED = r'text_model\..*|logit_\w+|head\..*|.*\.attn\.(masked_)?bias|.*inv_freq'
 
 # config.json's names for our settings; a missing key leaves the default of BASES or read_config
@@ -545,9 +545,9 @@ def fetch(name, file):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 part, _ = urllib.request.urlretrieve(url, f'{path}.{os.getpid()}', show)
                 os.replace(part, path)
-            except OSError as e:  # also ContentTooShortError, if the connection was lost
+            except (OSError, ValueError) as e:  # ContentTooShortError is an OSError
                 check(not last, f'cannot download {url} ({e}): put the file at {path}, '
-                                'or train a model of your own: python train.py')
+                                'or train your own model: python train.py')
     return path
 
 def read_json(path):
@@ -564,7 +564,7 @@ def read_config(name):
         return IMAGE_DEFAULTS | dict(encoder=name, patch_size=32, image_mean=mean, image_std=std)
     path = fetch(name, 'config.json')
     c = read_json(path)
-    kind = str(c.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # nanoVLM: no key
+    kind = str(c.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # absent in nanoVLM's
     check(kind in SUPPORTED, f'{path}: model_type={kind} must be one of {", ".join(SUPPORTED)}')
     c |= c.get('vision_config') or c.get('rope_parameters') or {}  # SigLIP and Llama nest some keys
     for key, value in SUPPORTED[kind].items():
@@ -585,7 +585,7 @@ def read_config(name):
 def read_safetensors(path):
     """{name: tensor}, memory-mapped. Layout: 8-byte header length, JSON header, data."""
     dtypes = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
-    dtypes |= dict(I64=torch.int64, U8=torch.uint8, BOOL=torch.bool)  # of masks and the like
+    dtypes |= dict(F64=torch.float64, I64=torch.int64, U8=torch.uint8, BOOL=torch.bool)
     try:
         with open(path, 'rb') as f:
             data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY))
@@ -632,14 +632,14 @@ def load_weights(model, path):
             if third:
                 tensor = tensor.chunk(3)[int(third)]
             if name == 'position_embedding':
-                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # flatten: (1,n,C)
+                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # from (1,n,C)
             check(tensor.shape == parameter.shape, f'{path}: {theirs} does not fit {list(parameter.shape)}')
             parameter.data.copy_(tensor)
             used.add(theirs)
     left = [name for name in tensors if name not in used and not re.fullmatch(UNUSED, name)]
     check(used and not left, f'{path}: the layout is unknown, or these tensors are unexpected: {left[:3]}')
     tied = head is None or torch.equal(head.float(), model.decoder.embedding.weight)
-    check(tied, f'{path}: its output head differs from its embedding: not supported')
+    check(tied, f'{path}: an output head other than its embedding is not supported')
 
 def fit_positions(x, n, part):
     """Resizes position embeddings to (n,C): interpolated for vision, truncated for the decoder."""
@@ -735,7 +735,7 @@ def learn_bpe(texts, vocab_size):
     """BPE from a corpus: repeatedly joins the most frequent pair of adjacent tokens into a new one."""
     pattern = r' ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+'  # roughly PIECES: re has no \p
     counts = Counter(piece for text in texts for piece in re.findall(pattern, text))
-    # a word is a string with one character, chr(id), for each token: at first for each byte
+    # in words, a character is a token: chr(id), at first of each byte; in tokens, it is a byte
     words = [(piece.encode('utf-8', 'replace').decode('latin-1'), n) for piece, n in counts.items()]
     tokens = {chr(b): b for b in range(256)}
     pairs = Counter()  # pair -> count in the corpus
@@ -748,33 +748,33 @@ def learn_bpe(texts, vocab_size):
         count(word, n, i)
     while len(tokens) < vocab_size and max(pairs.values(), default=0) > 1:
         highest = max(pairs.values())
-        for best in [pair for pair, n in pairs.items() if n == highest]:  # all of them: searching is slow
-            if pairs[best] < highest:  # some of its places are gone, now that another pair was joined
+        for best in [pair for pair, n in pairs.items() if n == highest]:  # one search for all of them
+            if pairs[best] < highest:  # an earlier join in this round used some up
                 continue
             names = list(tokens)  # id -> token
             joined = ''.join(names[ord(c)] for c in best)
             new = chr(tokens.setdefault(joined, len(tokens)))  # it may exist, from another pair
             for i in where.pop(best):  # only these words change
                 word, n = words[i]
-                if best in word:  # count anew from its first place to its last, each with a neighbour
+                if best in word:  # count anew from its first place to its last, with a neighbour each
                     part = word[max(0, word.index(best) - 1) : word.rindex(best) + 3]
                     count(part, -n, i)
                     count(part.replace(best, new), n, i)
                     words[i] = (word.replace(best, new), n)
-    return {token: i for token, i in tokens.items() if i < vocab_size}  # the last round may overshoot
+    return {token: i for token, i in tokens.items() if i < max(256, vocab_size)}  # it may overshoot
 
 # 10. Images and batches -------------------------------------------------------------------------------
 def open_image(path, size):
     """An image file as 8-bit RGB, upright. A JPEG is decoded at reduced size, never below size."""
     try:
-        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # of huge images
+        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # warnings: huge images
             image.draft('RGB', (size, size))
             return to_rgb(image)
     except Exception as e:  # broken files make Pillow raise almost anything
         raise UserError(f'{path} is not a readable image ({e!r})') from e
 
 def to_rgb(image):
-    """Any Pillow image as 8-bit RGB: EXIF rotation applied, 16-bit values scaled, transparency on white."""
+    """Any Pillow image as 8-bit RGB: upright by EXIF, more than 8 bits scaled, transparency on white."""
     image.load()
     with contextlib.suppress(Exception):  # ignore broken EXIF data
         image = ImageOps.exif_transpose(image)
@@ -819,7 +819,7 @@ def collate(items, cfg, tokenizer, transform):
             targets = [-100] * (len(prompt_ids) - 1) + text[len(prompt_ids) :]
             row += zip(text[:-1], targets, range(len(targets)))
         rows.append(row[:room])
-    # pad to a multiple of 16: CPUs compile a kernel for each length. A padding token is a text of its own
+    # pad to a multiple of 16: oneDNN compiles a kernel for each length. A padding token is a text of its own
     longest = min(room, math.ceil(max(map(len, rows)) / 16) * 16)
     rows = torch.tensor([row + [(0, -100, 0)] * (longest - len(row)) for row in rows])  # (B,T,3)
     ids, targets, positions = rows.unbind(-1)
