@@ -371,7 +371,7 @@ class MinimalVLM(nn.Module):
             pixels = transforms.functional.normalize(pixels, self.cfg.image_mean, self.cfg.image_std)
             visual = self.projection(self.vision(pixels))  # (B,N,C) or (1,N,C)
             x = torch.cat([visual.expand(ids.size(0), -1, -1), x], dim=1)
-        check(0 < x.size(1) <= self.cfg.block_size, f'{x.size(1)} tokens: expected 1 to block_size')
+        check(0 < x.size(1) <= self.cfg.block_size, 'expected 1 to block_size tokens in all')
         return x
 
     def forward(self, images, ids, targets=None, positions=None):
@@ -639,7 +639,7 @@ def load_weights(model, path):
     left = [name for name in tensors if name not in used and not re.fullmatch(UNUSED, name)]
     check(used and not left, f'{path}: the layout is unknown, or these tensors are unexpected: {left[:3]}')
     tied = head is None or torch.equal(head.float(), model.decoder.embedding.weight)
-    check(tied, f'{path}: an output head other than its embedding is not supported')
+    check(tied, f'{path}: its output head differs from its embedding: not supported')
 
 def fit_positions(x, n, part):
     """Resizes position embeddings to (n,C): interpolated for vision, truncated for the decoder."""
