@@ -1715,7 +1715,7 @@ def test_spaces_between_the_names_of_public_weights_are_skipped(tmp_path):
 def test_a_resnet_is_refused_by_a_model_with_another_encoder(monkeypatch):
     monkeypatch.setattr(vlm, 'ResNetEncoder', lambda cfg, weights: pytest.fail('it would be loaded'))
 
-    with pytest.raises(UserError, match='resnet18: the model has encoder=vit') as error:
+    with pytest.raises(UserError, match='resnet18: encoder=vit') as error:
         MinimalVLM.from_pretrained('resnet18', CFG)
 
     assert_one_line(error)

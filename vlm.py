@@ -234,7 +234,7 @@ class Transformer(nn.Module):  # blocks and a final norm
         self.grad_checkpointing = False  # True: recompute each block in backward, to save memory
     def forward(self, x, context=None, mask=None, rope=None, caches=None):
         for i, block in enumerate(self.blocks):
-            if self.grad_checkpointing and torch.is_grad_enabled():  # with gradients there are no caches
+            if self.grad_checkpointing and torch.is_grad_enabled():  # no caches then
                 x = torch.utils.checkpoint.checkpoint(block, x, context, mask, rope, use_reentrant=False)
             else:
                 x = block(x, context, mask, rope, caches[i] if caches else None)
@@ -390,7 +390,7 @@ class MinimalVLM(nn.Module):
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
         h = h[is_scored]
-        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # to a multiple of 256: few shapes for oneDNN to compile
+        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # multiples of 256: oneDNN compiles per length
         logits = self.decoder.head(padded)[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
@@ -433,7 +433,7 @@ class MinimalVLM(nn.Module):
         model = cls(cfg or VLMConfig(**published))
         for name in names:
             if name in ('resnet18', 'resnet50'):
-                check(model.cfg.encoder == name, f'{name}: the model has encoder={model.cfg.encoder}')
+                check(model.cfg.encoder == name, f'{name}: encoder={model.cfg.encoder}')
                 model.vision = ResNetEncoder(model.cfg, weights='DEFAULT')
             else:
                 load_weights(model, fetch(name, 'model.safetensors'))
@@ -748,7 +748,7 @@ def learn_bpe(texts, vocab_size):
         count(word, n, i)
     while len(tokens) < vocab_size and max(pairs.values(), default=0) > 1:
         highest = max(pairs.values())
-        for best in [pair for pair, n in pairs.items() if n == highest]:  # one search for all of them
+        for best in [pair for pair, n in pairs.items() if n == highest]:  # one search for all
             if pairs[best] < highest:  # an earlier join in this round used some up
                 continue
             names = list(tokens)  # id -> token
@@ -767,7 +767,7 @@ def learn_bpe(texts, vocab_size):
 def open_image(path, size):
     """An image file as 8-bit RGB, upright. A JPEG is decoded at reduced size, never below size."""
     try:
-        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # warnings: huge images
+        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # of huge images
             image.draft('RGB', (size, size))
             return to_rgb(image)
     except Exception as e:  # broken files make Pillow raise almost anything
