@@ -407,6 +407,17 @@ def read_pictures(paths, cfg, where, failed):
             print(f'skipped: {e}', file=sys.stderr)
             failed.append(path)
 
+def contact_sheet(tiles, path, columns, width, lines):
+    """Saves tiles, (Pillow image, [(line of text, color), ...]), as one PNG with room for so many lines."""
+    height = width + 29 * lines
+    page = Image.new('RGB', (columns * width, height * math.ceil(len(tiles) / columns)), 'white')
+    for n, (image, texts) in enumerate(tiles):
+        x, y = width * (n % columns) + 4, height * (n // columns) + 4
+        page.paste(image.resize((width - 8, width - 8)), (x, y))
+        for i, (text, color) in enumerate(texts):
+            ImageDraw.Draw(page).text((x, y + width - 6 + 29 * i), text, color, font_size=24)
+    page.save(path, 'png')
+
 def open_table(path, pictures, prompt):
     """Opens a caption file -> a function that appends a row, and those of pictures that have no row yet."""
     path = os.path.expanduser(path)

@@ -9,12 +9,12 @@ Describes pictures and answers questions about them, with a model from train.py 
 """
 import itertools, math, os, signal, sys, time
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torchvision.transforms.v2 import functional as TF
-from data import Shapes, find_pictures, open_table, read_pictures
+from data import Shapes, contact_sheet, find_pictures, open_table, read_pictures
 from train import check_compiler, find_device
 from vlm import MinimalVLM, Tokenizer, UserError, check, encode_answer, encode_prompt
-from vlm import load_checkpoint, override
+from vlm import load_checkpoint, open_image, override
 
 # settings ---------------------------------------------------------------------------------------------
 out_dir = 'out'                  # folder with the ckpt.pt of train.py
@@ -94,8 +94,8 @@ def answer_in_batches(model, tok, paths, ids, options, failed):
         each = (time.time() - began) / (len(paths) - left)
         report(f'{left} pictures left, {each:.2f} s each: {left * each / 60:.1f} min')
 
-def draw_attention(model, tok, pixels, ids, said, path):
-    """Saves one copy of the picture per word, bright where the model looked (mean of layers and heads)."""
+def draw_attention(model, tok, pixels, ids, said, picture, path):
+    """Saves the picture, then a copy for each word, red where the model looked (mean of layers and heads)."""
     check(model.cfg.projection != 'perceiver', 'attention: tokens of a Perceiver have no place')
     layers = [block.attn for block in model.decoder.transformer.blocks]
     for attn in layers:
@@ -105,19 +105,18 @@ def draw_attention(model, tok, pixels, ids, said, path):
     side = math.isqrt(model.cfg.n_visual)
     # token i was predicted by query i-1
     rows = maps[-1 - len(said) : -1, : side**2].view(-1, 1, side, side)
-    words = []  # (token ids, summed map) of each
-    for token, row in zip(said, rows):
-        if not words or tok.decode([token]).startswith(' '):
-            words.append(([], torch.zeros(1, side, side)))
-        words[-1][0].append(token)
-        words[-1][1].add_(row)
-    page = Image.new('RGB', (170 * min(8, len(words)), 185 * math.ceil(len(words) / 8)), 'white')
-    for i, (tokens, row) in enumerate(words):
-        x, y = 170 * (i % 8), 185 * (i // 8)
-        light = TF.resize(0.25 + 0.75 * row / row.max(), pixels.shape[1:]).clamp(0, 1)
-        page.paste(TF.to_pil_image((light * pixels.cpu()).byte()).resize((160, 160)), (x, y))
-        ImageDraw.Draw(page).text((x, y + 162), tok.decode(tokens).strip(), 'black', font_size=15)
-    page.save(path, 'png')
+    starts = [i for i, token in enumerate(said) if i == 0 or tok.decode([token]).startswith(' ')]
+    picture = open_image(picture, 312).resize((312, 312))
+    tiles = [(picture, [])]
+    for i, j in itertools.pairwise([*starts, len(said)]):  # a word may be several tokens
+        word = tok.decode(said[i:j]).strip(' ,.')
+        if word not in 'a an and at in is of on the to with'.split():  # these hardly look
+            looked = rows[i:j].sum(dim=0)
+            looked = (looked - looked.min()) / (looked.max() - looked.min()).clamp(min=1e-9)
+            mask = TF.to_pil_image(0.75 * looked).resize(picture.size)
+            red = Image.new('RGB', picture.size, 'orangered')
+            tiles.append((Image.composite(red, picture, mask), [(word, 'black')]))
+    contact_sheet(tiles, path, columns=5, width=192, lines=1)
 
 # the run ----------------------------------------------------------------------------------------------
 def main(argv=None):
@@ -161,7 +160,7 @@ def main(argv=None):
                 continue
             said = stream_answer(model, tok, pixels, ids, options)
             if attention and said:
-                draw_attention(model, tok, pixels, ids, said, map_path)
+                draw_attention(model, tok, pixels, ids, said, path, map_path)
     else:
         for path, answer in answer_in_batches(model, tok, paths, ids, options, failed):
             print(f'{path}: {answer}')

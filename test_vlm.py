@@ -3297,10 +3297,13 @@ def test_samples_are_green_where_they_are_exact(tmp_path, settings, overfitted):
     train.draw_samples(model, BYTES, items, tmp_path / 'samples.png')
 
     page = Image.open(tmp_path / 'samples.png')
-    for n in range(4):
-        below = page.crop((240 * n, 236, 240 * n + 240, 310))
+    assert len(items) == 4
+    for n, (_, [(prompt, _)]) in enumerate(items):
+        x, y = 320 * (n % 3), 494 * (n // 3)
+        below = page.crop((x, y + 314, x + 320, y + 494))
         colors = {color for _, color in below.getcolors(9999)}
         assert ((0, 128, 0) in colors, (178, 34, 34) in colors) == (n < 2, n >= 2)
+        assert ((0, 0, 0) in colors) == (prompt != '')
 
 def test_samples_are_short_even_if_a_model_with_a_long_block_never_ends(tmp_path, settings, monkeypatch):
     def letter(*options):
@@ -3420,11 +3423,11 @@ def test_more_exact_answers_than_fit_a_batch_are_all_counted(settings, overfitte
 def test_samples_show_the_pictures_above_their_answers(tmp_path, settings, overfitted):
     model, items = overfitted
 
-    train.draw_samples(model, BYTES, items * 3, tmp_path / 'samples.png')
+    train.draw_samples(model, BYTES, items * 2, tmp_path / 'samples.png')
 
     page = Image.open(tmp_path / 'samples.png')
-    for n in range(12):
-        color = page.getpixel((240 * (n % 4) + 120, 310 * (n // 4) + 120))
+    for n in range(8):
+        color = page.getpixel((320 * (n % 3) + 160, 494 * (n // 3) + 160))
         assert color == ((255, 0, 0), (0, 0, 255))[n % 2]
 
 def test_batches_with_more_tokens_count_more_in_the_held_out_loss(settings, monkeypatch):
@@ -3538,7 +3541,7 @@ def test_a_run_writes_a_log_a_page_of_samples_and_a_checkpoint(tmp_path, setting
     assert 4 < float(rows[0]['loss']) < 8  # ln 257 = 5.5 is that of a guess
     printed = re.findall(r'held-out loss ([\d.]+)', capfd.readouterr().out)
     assert float(printed[1]) == pytest.approx(float(rows[3]['val_loss']), abs=1e-4)
-    assert Image.open(tmp_path / 'out/samples.png').size == (960, 930)
+    assert Image.open(tmp_path / 'out/samples.png').size == (960, 1482)
     assert load_checkpoint(f'{tmp_path}/out/ckpt.pt')[2]['step'] == 2
 
 def test_two_batches_of_4_have_the_gradient_of_one_batch_of_8(tmp_path, run, gradients):
@@ -4209,7 +4212,7 @@ def test_the_default_job_learns_to_look_in_300_steps(trained):
 
     assert gain > 1.0
     assert len([row for row in rows if row['loss']]) == 6
-    assert Image.open(folder / 'samples.png').size == (960, 930)
+    assert Image.open(folder / 'samples.png').size == (960, 1482)
     assert re.search(r'exact answers: [\d.]+% of 50 captions\n', printed)
     assert re.search(r'exact answers: [\d.]+% of 50 captions with unseen pairs\n', printed)
     assert re.search(r'exact answers: [\d.]+% of 50 questions \(how many [\d.]+%, ', printed)
@@ -4304,11 +4307,11 @@ def test_choices_are_ranked_by_the_probability_of_the_whole_answer(folder, talk)
     assert abs(shares['no'] - 100 * expected[1].item()) < 0.1
     assert list(shares) == sorted(shares, key=shares.get, reverse=True)
 
-def brightness(image):  # of 4 x 4 cells
-    cells = image.convert('L').resize((4, 4), Image.Resampling.BOX)
-    return torch.tensor(list(cells.tobytes())).float()
+def cells(image):  # the mean blue of 4 x 4 cells: red has none
+    small = image.getchannel('B').resize((4, 4), Image.Resampling.BOX)
+    return torch.tensor(list(small.tobytes())).float()
 
-def test_the_picture_of_attention_is_bright_where_the_model_looked_for_each_word(trained, talk):
+def test_the_picture_of_attention_is_red_where_the_model_looked_for_each_word(trained, talk):
     data.Shapes('val', 5)[1][0].save(trained[0] / 'scene.png')
     model, tok, _ = load_checkpoint(str(trained[0] / 'ckpt.pt'))
     layers = [block.attn for block in model.decoder.transformer.blocks]
@@ -4321,19 +4324,25 @@ def test_the_picture_of_attention_is_bright_where_the_model_looked_for_each_word
     page = Image.open(trained[0] / 'look.png')
     said = tok.encode(' ' + printed.splitlines()[1])
     pixels = image_transform(model.cfg)(open_image(str(trained[0] / 'scene.png'), 64))[None]
-    scene = brightness(Image.open(trained[0] / 'scene.png'))
     words = []
     for i, token in enumerate(said):
         model(pixels, torch.tensor([[tok.end, *said[:i]]]))
         looked = torch.stack([attn.attn_map[0, :, -1, :16].mean(dim=0) for attn in layers]).mean(dim=0)
         if tok.decode([token]).startswith(' '):
-            words.append(torch.zeros(16))
-        words[-1] += looked
-    assert page.height == 185 * math.ceil(len(words) / 8)
-    for n, expected in enumerate(words):
-        tile = page.crop((170 * (n % 8), 185 * (n // 8), 170 * (n % 8) + 160, 185 * (n // 8) + 160))
-        share = brightness(tile) / scene
-        assert torch.corrcoef(torch.stack([share, expected]))[0, 1] > 0.9, n
+            words.append(['', torch.zeros(16)])
+        words[-1][0] += tok.decode([token])
+        words[-1][1] += looked
+    kept = [looked for word, looked in words if word.strip(' ,') not in ('a', 'and', 'at', 'in', 'on', 'the')]
+    assert 1 < len(kept) < len(words)
+    assert page.size == (5 * 192, 221 * math.ceil((1 + len(kept)) / 5))
+    tiles = []
+    for n in range(1 + len(kept)):
+        x, y = 192 * (n % 5) + 4, 221 * (n // 5) + 4
+        tiles.append(cells(page.crop((x, y, x + 184, y + 184))))
+    scene = cells(Image.open(trained[0] / 'scene.png'))
+    assert (tiles[0] - scene).abs().max() < 8  # the picture alone
+    for tile, looked in zip(tiles[1:], kept):
+        assert torch.corrcoef(torch.stack([1 - tile / scene, looked]))[0, 1] > 0.9
 
 def test_image_is_a_file_a_list_a_folder_or_a_pattern(folder, monkeypatch):
     monkeypatch.chdir(folder)

@@ -12,9 +12,8 @@ from dataclasses import replace
 # before importing torch: oneDNN caches a kernel for every shape, and its default limit costs gigabytes
 os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '256')
 import torch, torch.distributed as dist
-from PIL import Image, ImageDraw
 from torchvision.transforms import v2 as transforms
-from data import CaptionedImages, Shapes, find_images
+from data import CaptionedImages, Shapes, contact_sheet, find_images
 from vlm import PRESETS, MinimalVLM, Tokenizer, UserError, VLMConfig, check, collate, encode_answer
 from vlm import encode_prompt, image_transform, load_checkpoint, override, read_config, save_checkpoint
 
@@ -283,20 +282,19 @@ def exact_answers(model, tok, items, title):
     return share
 
 def draw_samples(model, tok, items, path):
-    """A contact sheet of 12 images with the model's answers, green where they are exact."""
-    page = Image.new('RGB', (960, 930), 'white')
+    """A contact sheet: below each image its question, if any, and the answer, green where it is exact."""
     where = model.decoder.embedding.weight.device
-    for n, (image, [(prompt, truth)]) in enumerate(items):
+    tiles = []
+    for image, [(prompt, truth)] in items:
         pixels = make_transform(model.cfg)(image)[None].to(where)
         ids = torch.tensor([encode_prompt(tok, model.cfg, prompt)], device=where)
         row = model.generate(pixels, ids, 150, temperature=0, stop=tok.end)[0]  # more would not fit
         said = tok.decode(row[ids.size(1) :].tolist()).strip()
-        text = '\n'.join(textwrap.wrap(f'{prompt} {said}'.strip(), 36)[:4])
         color = 'green' if said == truth.strip() else 'firebrick'
-        x, y = 240 * (n % 4) + 5, 310 * (n // 4) + 5
-        page.paste(image.resize((230, 230)), (x, y))
-        ImageDraw.Draw(page).text((x, y + 232), text, color, font_size=13)
-    page.save(path)
+        lines = [(line, 'black') for line in textwrap.wrap(prompt, 25)]
+        lines += [(line, color) for line in textwrap.wrap(said, 25)]
+        tiles.append((image, lines[:6]))
+    contact_sheet(tiles, path, columns=3, width=320, lines=6)
 
 @torch.no_grad()
 def evaluate(model, batches, step, last, device):
@@ -322,7 +320,8 @@ def evaluate(model, batches, step, last, device):
         share = exact_answers(model, tok, choose_items(data, n, 'question'), 'questions')
     elif eval_samples:
         share = exact_answers(model, tok, choose_items(data, eval_samples), 'held-out items')
-    draw_samples(model, tok, choose_items(data, 12), os.path.expanduser(f'{out_dir}/samples.png'))
+    pictures = Shapes('val', seed, pixels=624) if dataset == 'shapes' else data  # the same scenes, sharper
+    draw_samples(model, tok, choose_items(pictures, 9), os.path.expanduser(f'{out_dir}/samples.png'))
     return own, swapped, share
 
 # the run ----------------------------------------------------------------------------------------------
