@@ -8,10 +8,9 @@ A minimal vision-language model: an image and a question go in, words come out.
     [ v1 v2 ... vN ]  ------ one sequence ------ [ t1 t2 ... tT ]
                                    | LanguageDecoder: causal; the image comes first, so all text sees it
                              logits (T,V) -> sample_top_p -> the next token, and repeat
+Training: _, loss = model(images, ids, targets); loss.backward(); optimizer.step(). See train.py.
 Shapes: B batch, P pixels per side, N visual tokens, T text tokens, S = N + T in all, C, C' channels,
-V vocabulary. In attention: T queries of any kind, S keys, H heads, K key/value heads, D channels each.
-References: ViT arXiv 2010.11929, SigLIP 2303.15343, LLaVA 2304.08485, Flamingo 2204.14198,
-Llama 2302.13971, RoPE 2104.09864, nucleus (top-p) sampling 1904.09751, BPE 1508.07909.
+V vocabulary. In attention: T queries, S keys, H heads, G key/value heads, D channels in each head.
 """
 import argparse, codecs, contextlib, difflib, json, math, mmap, os, re, sys, urllib.request, warnings
 from collections import Counter, defaultdict
@@ -40,7 +39,7 @@ class TransformerConfig:  # one stack of blocks: vision encoder or language deco
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    n_kv_head: int = 0           # key/value heads; 0 = n_head, fewer = grouped-query attention
+    n_kv_head: int = 0           # key/value heads; 0 = n_head. Fewer: a smaller KV cache (GQA)
     n_hidden: int = 0            # width inside the MLP; 0 = 4 * n_embd
     norm: Literal['layer', 'rms'] = 'layer'
     norm_eps: float = 1e-6
@@ -63,7 +62,7 @@ class TransformerConfig:  # one stack of blocks: vision encoder or language deco
 class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     vision: TransformerConfig = TransformerConfig()
     text: TransformerConfig = TransformerConfig()
-    encoder: Literal['vit', 'resnet18', 'resnet50'] = 'vit'
+    encoder: Literal['vit', 'resnet18', 'resnet50'] = 'vit'  # a ResNet ignores vision and stem
     stem: Literal['patch', 'conv'] = 'patch'  # ViT only: one strided convolution, or conv_stem()
     image_size: int = 224        # pixels per side
     patch_size: int = 16         # pixels per side of a feature-grid cell
@@ -77,8 +76,8 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     vocab_size: int = 50257
     block_size: int = 1024       # longest sequence, visual tokens included
     tokenizer: str = 'bpe'       # passed to Tokenizer.make
-    prompt_template: str = ' {}' # {} stands for the prompt; BPE words begin with a space
-    answer_prefix: str = ' '     # between prompt and answer
+    prompt_template: str = ' {}' # {} stands for the prompt. To a BPE, 'red' and ' red' are
+    answer_prefix: str = ' '     # different tokens: so prompts and answers begin with a space
     caption_prompt: str = ''     # the prompt that asks for a caption
 
     @property
@@ -107,7 +106,7 @@ LLAMA = TransformerConfig(norm='rms', norm_eps=1e-5, activation='swiglu', positi
 SMOLLM2_135M = replace(LLAMA, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536, rope_base=1e5)
 SLIM = TransformerConfig(n_layer=4, n_head=8, n_embd=128, bias=False)
 COMMON = dict(image_size=64, patch_size=8, stem='conv', projection='pixel_shuffle', input_norm=True)
-PRESETS = {  # visual tokens (N,C): tiny and small (16,128), base (196,768), nanovlm (49,576)
+PRESETS = {  # size, (N,C): tiny 1.2M and small 1.7M (16,128), base 213M (196,768), nanovlm 222M (49,576)
     'tiny': VLMConfig(replace(SLIM, n_layer=1), SLIM, vocab_size=512, block_size=112, **COMMON),
     'small': VLMConfig(replace(SLIM, n_layer=1, n_head=4, dropout=0.1), replace(SLIM, n_head=4, dropout=0.1),
                        vocab_size=4096, block_size=160, **COMMON),
@@ -121,7 +120,7 @@ PRESETS = {  # visual tokens (N,C): tiny and small (16,128), base (196,768), nan
 # 2. Blocks, shared by the vision encoder, the Perceiver and the language decoder ----------------------
 def make_norm(cfg):
     if cfg.norm == 'rms':
-        return nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)
+        return nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)  # weight * x / sqrt(mean(x^2) + eps)
     return nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps, bias=cfg.bias)
 
 def rope_angles(cfg, pos):
@@ -132,9 +131,9 @@ def rope_angles(cfg, pos):
     return torch.stack([angle.cos(), angle.sin()]).unsqueeze(-3)  # (2,1,S,D/2) or (2,B,1,S,D/2)
 
 def apply_rope(x, rope):
-    """Rotary position embedding: rotates the channel pairs (i, i + D/2) of queries or keys x (B,H,T,D), so
-    that positions enter q.k only by how far apart the two tokens are."""
-    cos, sin = rope.to(x.dtype)
+    """Rotary position embedding (arXiv 2104.09864): rotates the channel pairs (i, i + D/2) of queries or keys
+    x (B,H,T,D), so positions enter q.k only by their distance. (The paper pairs 2i with 2i + 1.)"""
+    cos, sin = rope.to(x.dtype)  # from (2,...)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -147,7 +146,11 @@ def attend(q, k, v, mask=None):
     att = F.softmax(att, dim=-1)
     return att @ v, att  # (B,H,T,S) x (B,H,S,D) -> (B,H,T,D)
 
-class KVCache:  # the keys (after RoPE) and values (B,K,S,D) that one layer has computed so far
+def fused_attention_fails(q):  # PyTorch's is slow (bf16 backward on a CPU) or wrong (on an old MPS)
+    slow_on_cpu = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad
+    return slow_on_cpu or q.is_mps and torch.__version__ < (2, 13)  # a TorchVersion, not a str
+
+class KVCache:  # the keys (after RoPE) and values (B,G,S,D) that one layer has computed so far
     k = v = None  # until the first update
     def update(self, k, v):  # appends the new keys and values, returns all of them
         if self.k is not None:
@@ -157,45 +160,43 @@ class KVCache:  # the keys (after RoPE) and values (B,K,S,D) that one layer has 
         return k, v
 
 class Attention(nn.Module):
-    """Multi-head attention: self or cross, causal or not, with grouped-query heads, RoPE and a KV cache."""
+    """Multi-head attention: each query is compared with every key, and takes that much of each key's value.
+    Self- or cross-attention, causal or not, with grouped-query heads, RoPE and a KV cache."""
     def __init__(self, cfg, causal=False):
         super().__init__()
         n_kv_head = cfg.n_kv_head or cfg.n_head
         self.causal = causal
         self.head_dim = cfg.n_embd // cfg.n_head
-        self.group_size = cfg.n_head // n_kv_head  # query heads per key/value head
+        self.group_size = cfg.n_head // n_kv_head  # query heads that share a key/value head
         self.q = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
         self.k = nn.Linear(cfg.n_embd, n_kv_head * self.head_dim, bias=cfg.bias)
         self.v = nn.Linear(cfg.n_embd, n_kv_head * self.head_dim, bias=cfg.bias)
         self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
         self.keep_map = False  # True: forward stores its attention map (B,H,T,S) in self.attn_map
     def forward(self, x, context=None, mask=None, rope=None, cache=None):
-        """Queries from x (B,T,C); keys and values from context (B,S,C), or else from x. -> (B,T,C)
+        """Queries from x (B,T,C); keys and values from x, in the Perceiver from context (B,S,C). -> (B,T,C)
         mask (B,1,T,S), True where a query may attend, replaces the causal mask."""
         context = x if context is None else context
-        q = self.q(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B,T,C) -> (B,H,T,D)
-        k = self.k(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B,K,S,D)
-        v = self.v(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q = self.q(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B,T,H,D) -> (B,H,T,D)
+        k = self.k(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B,G,S,D)
+        v = self.v(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B,G,S,D)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
-        is_causal = self.causal and mask is None
-        if x.size(1) == 1:  # one query, behind a cache
-            is_causal = False  # it may see all keys; is_causal would let it see only the first key
         if cache is not None:
-            assert cache.k is None or x.size(1) == 1  # several tokens would need a mask
+            assert cache.k is None or x.size(1) == 1, 'several new tokens need a mask'
             k, v = cache.update(k, v)
-        if self.group_size > 1:  # (B,K,S,D) -> (B,H,S,D)
+        if self.group_size > 1:  # (B,G,S,D) -> (B,H,S,D)
             k = k.repeat_interleave(self.group_size, dim=1)
             v = v.repeat_interleave(self.group_size, dim=1)
-        # attend() also serves where PyTorch's kernel is slow (bf16 backward on a CPU) or wrong (old MPS)
-        slow_on_cpu = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad
-        wrong_on_mps = q.is_mps and torch.__version__ < (2, 13)  # a TorchVersion, not a str
-        if self.keep_map or slow_on_cpu or wrong_on_mps:
-            if is_causal:
+        is_causal = self.causal and mask is None
+        if x.size(1) == 1:  # the newest token sees all keys; is_causal would show it the first only
+            is_causal = False
+        if self.keep_map or fused_attention_fails(q):
+            if is_causal:  # without a cache, or it is empty: T = S
                 mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=x.device).tril()
             y, att = attend(q, k, v, mask)
             self.attn_map = att.detach() if self.keep_map else None
-        else:
+        else:  # the same in one call, without a map
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
         return self.out(y.transpose(1, 2).flatten(2))  # (B,H,T,D) -> (B,T,C)
 
@@ -210,7 +211,7 @@ class MLP(nn.Module):
             self.gate = nn.Linear(cfg.n_embd, n_hidden, bias=cfg.bias)
     def forward(self, x):
         if self.activation == 'swiglu':
-            return self.down(F.silu(self.gate(x)) * self.up(x))
+            return self.down(F.silu(self.gate(x)) * self.up(x))  # the gate scales each channel
         approximate = 'tanh' if self.activation == 'gelu_tanh' else 'none'
         return self.down(F.gelu(self.up(x), approximate=approximate))
 
@@ -223,8 +224,8 @@ class Block(nn.Module):  # pre-norm residual block
         self.mlp = MLP(cfg)
         self.dropout = nn.Dropout(cfg.dropout)
     def forward(self, x, context=None, mask=None, rope=None, cache=None):
-        x = x + self.dropout(self.attn(self.norm1(x), context, mask, rope, cache))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+        x = x + self.dropout(self.attn(self.norm1(x), context, mask, rope, cache))  # tokens mix
+        return x + self.dropout(self.mlp(self.norm2(x)))  # each token by itself
 
 class Transformer(nn.Module):  # blocks and a final norm
     def __init__(self, cfg, causal=False):
@@ -243,14 +244,13 @@ class Transformer(nn.Module):  # blocks and a final norm
 # 3. Vision encoder ------------------------------------------------------------------------------------
 def conv_stem(C):
     """(B,3,P,P) -> (B,C,P/8,P/8). Slower than one convolution, but needs far fewer training images."""
-    def halve(c_in, c_out):
-        conv = nn.Conv2d(c_in, c_out, kernel_size=3, padding=1, bias=False)
-        return [conv, nn.MaxPool2d(2), nn.BatchNorm2d(c_out), nn.GELU()]
     layers = [nn.Conv2d(3, C // 4, kernel_size=4, stride=2, padding=1), nn.GELU()]
-    layers += halve(C // 4, C // 4) + halve(C // 4, C // 2)
+    for c_in, c_out in ((C // 4, C // 4), (C // 4, C // 2)):  # each pooling halves the sides again
+        conv = nn.Conv2d(c_in, c_out, kernel_size=3, padding=1, bias=False)
+        layers += [conv, nn.MaxPool2d(2), nn.BatchNorm2d(c_out), nn.GELU()]
     return nn.Sequential(*layers, nn.Conv2d(C // 2, C, kernel_size=3, padding=1))
 
-class VisionEncoder(nn.Module):  # ViT: every patch attends to all patches
+class VisionEncoder(nn.Module):  # ViT (arXiv 2010.11929), SigLIP (2303.15343): all patches attend to all
     def __init__(self, cfg):
         super().__init__()
         C, p = cfg.vision.n_embd, cfg.patch_size
@@ -274,7 +274,7 @@ class ResNetEncoder(nn.Module):  # torchvision's, without pooling and classifier
 
 # 4. Projection: from vision features to visual tokens of the decoder's width --------------------------
 def pixel_shuffle(x, f):
-    """Space to depth: f x f neighbouring cells become one wide cell. (B,L,C) -> (B,L/f^2,f*f*C)"""
+    """f x f neighbouring cells become one wide cell (PyTorch's PixelUnshuffle). (B,L,C) -> (B,L/f^2,f*f*C)"""
     B, L, C = x.shape
     g = math.isqrt(L) // f  # wide cells per side
     x = x.view(B, g, f, g, f, C).transpose(2, 3)  # (B,y,dy,x,dx,C) -> (B,y,x,dy,dx,C)
@@ -286,11 +286,11 @@ class MultimodalProjection(nn.Module):
         super().__init__()
         self.kind, self.factor = cfg.projection, cfg.factor
         n_in, n_hidden, n_out = n_in * cfg.factor**2, cfg.projection_hidden, cfg.text.n_embd
-        if self.kind == 'mlp':  # LLaVA 1.5
+        if self.kind == 'mlp':  # as in LLaVA 1.5 (arXiv 2310.03744)
             self.proj = nn.Sequential(nn.Linear(n_in, n_hidden), nn.GELU(), nn.Linear(n_hidden, n_out))
         else:  # one linear map; as in nanoVLM, pixel_shuffle has no bias
             self.proj = nn.Linear(n_in, n_out, bias=self.kind != 'pixel_shuffle')
-        if self.kind == 'perceiver':  # after Flamingo: learned queries cross-attend to the features
+        if self.kind == 'perceiver':  # after Flamingo (arXiv 2204.14198): learned queries attend to features
             self.norm = make_norm(cfg.text)  # of the features: the blocks norm the latents only
             self.latents = nn.Parameter(0.02 * torch.randn(cfg.n_latents, n_out))
             self.resampler = Transformer(replace(cfg.text, n_layer=2))
@@ -300,14 +300,13 @@ class MultimodalProjection(nn.Module):
             x = pixel_shuffle(x, self.factor)
         x = self.proj(x)
         if self.kind == 'perceiver':
-            latents = self.latents.expand(x.size(0), -1, -1)  # (B,n_latents,C)
-            x = self.resampler(latents, context=self.norm(x))
+            x = self.resampler(self.latents.expand(len(x), -1, -1), context=self.norm(x))  # (B,N,C)
         return x
 
 # 5. Language decoder ----------------------------------------------------------------------------------
 class LanguageDecoder(nn.Module):
-    """GPT-2 or Llama, by its config. It takes embeddings, since visual tokens have no ids. input_norm brings
-    visual and text embeddings to one scale, mean 0 and std 1: small models learn sooner."""
+    """GPT-2 or Llama (arXiv 2302.13971), by its config. It takes embeddings, as visual tokens have no ids.
+    input_norm brings visual and text embeddings to one scale, mean 0 and std 1: small models learn sooner."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg.text
@@ -315,24 +314,24 @@ class LanguageDecoder(nn.Module):
         self.embedding = nn.Embedding(cfg.vocab_size, C)  # its weight is also the output head: tied
         self.input_norm = nn.LayerNorm(C, elementwise_affine=False) if cfg.input_norm else nn.Identity()
         if cfg.text.position == 'learned':
-            std = 0.5 if cfg.input_norm else 0.02  # inputs of std 1 would drown 0.02
+            std = 0.5 if cfg.input_norm else 0.02  # 0.02 would be lost among inputs of std 1
             self.position_embedding = nn.Parameter(std * torch.randn(cfg.block_size, C))
         self.transformer = Transformer(cfg.text, causal=True)
     def head(self, h):
-        return F.linear(h, self.embedding.weight)  # (...,C) -> (...,V)
+        return F.linear(h, self.embedding.weight)  # (...,C) -> (...,V): h . each embedding
     def forward(self, x, pos, mask=None, caches=None):
         """x (B,S,C) at the positions pos, (S,) or (B,S) -> hidden states (B,S,C), ready for head."""
         x = self.input_norm(x)
         if self.cfg.position == 'learned':
             x = x + self.position_embedding[pos]
-            return self.transformer(x, mask=mask, caches=caches)
-        return self.transformer(x, mask=mask, rope=rope_angles(self.cfg, pos), caches=caches)
+        rope = rope_angles(self.cfg, pos) if self.cfg.position == 'rope' else None
+        return self.transformer(x, mask=mask, rope=rope, caches=caches)
 
 # 6. The whole model -----------------------------------------------------------------------------------
 def packed_mask(positions, n_visual):
     """The mask for rows that pack several texts: each text sees the image and itself only.
     positions (B,T) count from 0 in each text -> mask (B,1,S,S), True where a query may attend."""
-    text = (positions == 0).cumsum(dim=1)  # (B,T): which text a token belongs to: 1, 2, ...
+    text = (positions == 0).cumsum(dim=1)  # (B,T), whose text: 0 1 2 0 1 -> 1 1 1 2 2
     text = F.pad(text, (n_visual, 0))  # (B,S): 0 is the image
     allowed = (text[:, None, :] == 0) | (text[:, None, :] == text[:, :, None])  # [row,query,key]
     return allowed.tril()[:, None]  # also causal
@@ -356,8 +355,8 @@ class MinimalVLM(nn.Module):
             for block in getattr(stack, 'blocks', []):
                 for layer in (block.attn.out, block.mlp.down):  # smaller, since many of them add up
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
-        # in self-attention (not the Perceiver), q and k start equal, so tokens attend to similar ones; small
-        # models then learn to ground words in the image sooner (mimetic initialization, arXiv 2305.09828)
+        # in self-attention (not the Perceiver) q and k start equal: q.k is then largest for tokens that are
+        # alike, and small models ground words in the image sooner (mimetic initialization, arXiv 2305.09828)
         for attn in [*self.vision.modules(), *self.decoder.modules()]:
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
                 nn.init.normal_(attn.k.weight, std=0.7 / math.sqrt(attn.k.in_features))
@@ -365,12 +364,12 @@ class MinimalVLM(nn.Module):
 
     def embed(self, images, ids):
         """Visual tokens, then text, (B,N+T,C). images: uint8 (B,3,P,P), one for all (1,3,P,P), or None."""
-        x = self.decoder.embedding(ids)  # (B,T,C)
+        x = self.decoder.embedding(ids)  # text, (B,T,C)
         if images is not None:
             pixels = images.to(x.dtype) / 255
             pixels = transforms.functional.normalize(pixels, self.cfg.image_mean, self.cfg.image_std)
             visual = self.projection(self.vision(pixels))  # (B,N,C) or (1,N,C)
-            x = torch.cat([visual.expand(ids.size(0), -1, -1), x], dim=1)
+            x = torch.cat([visual.expand(len(ids), -1, -1), x], dim=1)  # (B,N+T,C)
         check(0 < x.size(1) <= self.cfg.block_size, 'expected 1 to block_size tokens in all')
         return x
 
@@ -385,26 +384,26 @@ class MinimalVLM(nn.Module):
         if positions is not None:  # every text starts at position N, right after the image
             pos = torch.cat([pos[:N].expand(ids.size(0), -1), N + positions], dim=1)  # (B,S)
             mask = packed_mask(positions, N)
-        h = self.decoder(x, pos, mask)[:, N:]  # (B,T,C)
+        h = self.decoder(x, pos, mask)[:, N:]  # (B,T,C): visual tokens predict nothing
         if targets is None:
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
         h = h[is_scored]
-        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # multiples of 256: oneDNN compiles per length
+        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # rows of 0 up to 256, 512, ...: see collate
         logits = self.decoder.head(padded)[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
     @torch.inference_mode()
     def stream(self, images, ids, max_new_tokens=50, temperature=1.0, top_p=1.0, top_k=0, stop=-1):
         """Yields the next tokens (B,1). Call eval() first. ids (B,T): prompts of one length. images:
-        (B,3,P,P), (1,3,P,P) for all B, or None. A finished row yields stop until all finish."""
+        (B,3,P,P), (1,3,P,P) for all B, or None. A finished row yields stop (-1: none) until all finish."""
         x = self.embed(images, ids)
         caches = [KVCache() for _ in self.decoder.transformer.blocks]
         pos = torch.arange(x.size(1), device=x.device)
         done = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
         for _ in range(min(max_new_tokens, self.cfg.block_size - x.size(1))):
-            h = self.decoder(x, pos, caches=caches)  # image and prompt, then one token at a time
-            logits = self.decoder.head(h[:, -1])
+            h = self.decoder(x, pos, caches=caches)  # prefill; then one token at a time
+            logits = self.decoder.head(h[:, -1])  # (B,V): the last state predicts what comes next
             token = sample_top_p(logits, top_p, temperature, top_k).masked_fill(done, stop)
             yield token
             done |= token == stop
@@ -429,7 +428,7 @@ class MinimalVLM(nn.Module):
         """Loads public weights. names: one, or 'encoder,decoder'; each a repository, a folder, an alias or a
         ResNet. Parts not in the files start from scratch. cfg is used instead of the published one."""
         names = [name.strip() for name in names.split(',')]
-        published = {key: x for name in names for key, x in read_config(name).items()}
+        published = {field: value for name in names for field, value in read_config(name).items()}
         model = cls(cfg or VLMConfig(**published))
         for name in names:
             if name in ('resnet18', 'resnet50'):
@@ -441,9 +440,9 @@ class MinimalVLM(nn.Module):
 
 # 7. Sampling ------------------------------------------------------------------------------------------
 def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
-    """Nucleus sampling: draws from the smallest set of most likely tokens whose total probability reaches p,
-    after temperature (0: greedy) and top_k (0: off). logits (B,V) -> token ids (B,1)"""
-    check(temperature >= 0 and top_k >= 0, f'temperature={temperature} and top_k={top_k} must be at least 0')
+    """Nucleus sampling (arXiv 1904.09751): draws from the smallest set of most likely tokens whose total
+    probability reaches p, after temperature (0: greedy) and top_k (0: off). logits (B,V) -> ids (B,1)"""
+    check(temperature >= 0 and top_k >= 0, f'temperature={temperature}, top_k={top_k}: must be >= 0')
     check(0 < p <= 1, f'top_p={p} must be in (0, 1]')
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
@@ -460,11 +459,12 @@ def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
 # 8. Public weights and checkpoints --------------------------------------------------------------------
 def read_table(text):
     """{column header: {row label: cell}}, for every column after the first."""
-    columns = list(zip(*[line.split() for line in text.strip().splitlines()]))
-    return {column[0]: dict(zip(columns[0][1:], column[1:])) for column in columns[1:]}
+    rows = [line.split() for line in text.strip().splitlines()]
+    labels, *columns = zip(*rows)  # transposed
+    return {header: dict(zip(labels[1:], cells)) for header, *cells in columns}
 
 # Published names of our layers, without .weight or .bias (of position_embedding: the full name). #: block
-# number. -: none. .T: stored (in, out): transpose it. [i]: q, k and v are stacked there, ours is number i
+# number. -: none. .T: stored (in, out), transpose it. [i]: q, k and v are stacked there, ours is number i
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
 stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
@@ -577,9 +577,9 @@ def read_config(name):
     for column, part, base in BASES:
         if column.startswith(kind):  # nanoVLM has two columns, vision and text
             found = {field: c[key] for field, key in CONFIG_NAMES[column].items() if c.get(key) is not None}
-            of_stack = {field: x for field, x in found.items() if hasattr(base, field)}
-            of_model = {field: x for field, x in found.items() if not hasattr(base, field)}
-            config = config | of_model | {part: replace(base, **of_stack)}
+            of_stack = {field: value for field, value in found.items() if hasattr(base, field)}
+            of_model = {field: value for field, value in found.items() if field not in of_stack}
+            config = config | of_model | {part: replace(base, **of_stack)}  # later ones win
     return config
 
 def read_safetensors(path):
@@ -595,7 +595,7 @@ def read_safetensors(path):
         tensors = {}
         for name, entry in entries.items():
             first, end = entry['data_offsets']
-            check(0 <= first <= end <= len(data) - start, f'{path} is not a complete .safetensors file')
+            check(0 <= first <= end <= len(data) - start, f'{path} is not a complete file')
             raw = torch.frombuffer(data[start + first : start + end], dtype=dtypes[entry['dtype']])
             tensors[name] = raw.view(entry['shape'])
         return tensors
@@ -603,20 +603,20 @@ def read_safetensors(path):
         raise UserError(f'{path} is not a complete .safetensors file ({e!r})') from e
 
 def published_name(name, table):
-    """What a file calls our parameter, whether to transpose it, and which third of it is ours ('' if all is).
-    For example, transformer.blocks.3.attn.k.weight in GPT-2's column: h.3.attn.c_attn.weight, True, '1'"""
+    """What a file calls our parameter, whether to transpose it, and which third of it is ours ([]: all).
+    For example, transformer.blocks.3.attn.k.weight in GPT-2's column: h.3.attn.c_attn.weight, True, ['1']"""
     if name in table:  # position_embedding has a row of its own, without weight and bias
-        return table[name], False, ''
+        return table[name], False, []
     row, _, suffix = name.removeprefix('transformer.').rpartition('.')  # blocks.3.attn.k, weight
-    number = ''.join(re.findall(r'\b\d+\b', row))  # 3; '' outside the blocks
-    cell = table.get(re.sub(r'\b\d+\b', '#', row), '-')  # h.#.attn.c_attn.T[1]
+    number = ''.join(re.findall(r'\.(\d+)\.', row))  # 3; '' outside the blocks
+    cell = table.get(re.sub(r'\.\d+\.', '.#.', row), '-')  # h.#.attn.c_attn.T[1]
     theirs = re.sub(r'\.T|\[\d\]', '', cell).replace('#', number) + '.' + suffix
-    return theirs, '.T' in cell and suffix == 'weight', ''.join(re.findall(r'\[(\d)\]', cell))
+    return theirs, '.T' in cell and suffix == 'weight', re.findall(r'\[(\d)\]', cell)
 
 def load_weights(model, path):
     """Fills the parts in NAMES that the file covers, each completely, and skips the others."""
     tensors = {re.sub(PREFIX, '', name): x for name, x in read_safetensors(path).items()}
-    head = tensors.pop('lm_head.weight', tensors.pop('decoder.head.weight', None))
+    head = tensors.pop('lm_head.weight', tensors.pop('decoder.head.weight', None))  # nanoVLM's
     if head is not None and 'decoder.norm.weight' in tensors:  # nanoVLM may store only the head
         tensors.setdefault('decoder.token_embedding.weight', head)
     used = set()
@@ -630,7 +630,7 @@ def load_weights(model, path):
             if transpose:
                 tensor = tensor.T
             if third:
-                tensor = tensor.chunk(3)[int(third)]
+                tensor = tensor.chunk(3)[int(third[0])]
             if name == 'position_embedding':
                 tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # from (1,n,C)
             check(tensor.shape == parameter.shape, f'{path}: {theirs} does not fit {list(parameter.shape)}')
@@ -732,12 +732,12 @@ class Tokenizer:
         return cls(name, tokens, special, pieces)
 
 def learn_bpe(texts, vocab_size):
-    """BPE from a corpus: repeatedly joins the most frequent pair of adjacent tokens into a new one."""
+    """BPE (arXiv 1508.07909): repeatedly joins the most frequent pair of adjacent tokens into a new one."""
     pattern = r' ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+'  # roughly PIECES: re has no \p
-    counts = Counter(piece for text in texts for piece in re.findall(pattern, text))
-    # in words, a character is a token: chr(id), at first of each byte; in tokens, it is a byte
-    words = [(piece.encode('utf-8', 'replace').decode('latin-1'), n) for piece, n in counts.items()]
-    tokens = {chr(b): b for b in range(256)}
+    pieces = Counter(piece for text in texts for piece in re.findall(pattern, text))
+    # a word is a string with a character per token: chr(id). At first, each of its bytes is a token
+    words = [(piece.encode('utf-8', 'replace').decode('latin-1'), n) for piece, n in pieces.items()]
+    tokens = {chr(b): b for b in range(256)}  # here, the characters are bytes
     pairs = Counter()  # pair -> count in the corpus
     where = defaultdict(set)  # pair -> indices of the words that contain it, or once did
     def count(text, n, i):  # adds n to each pair in text, a part of word i
@@ -749,14 +749,14 @@ def learn_bpe(texts, vocab_size):
     while len(tokens) < vocab_size and max(pairs.values(), default=0) > 1:
         highest = max(pairs.values())
         for best in [pair for pair, n in pairs.items() if n == highest]:  # one search for all
-            if pairs[best] < highest:  # an earlier join in this round used some up
+            if pairs[best] < highest:  # joining another pair used some up
                 continue
             names = list(tokens)  # id -> token
             joined = ''.join(names[ord(c)] for c in best)
             new = chr(tokens.setdefault(joined, len(tokens)))  # it may exist, from another pair
             for i in where.pop(best):  # only these words change
                 word, n = words[i]
-                if best in word:  # count anew from its first place to its last, with a neighbour each
+                if best in word:  # recount from its first place to its last, with neighbours
                     part = word[max(0, word.index(best) - 1) : word.rindex(best) + 3]
                     count(part, -n, i)
                     count(part.replace(best, new), n, i)
@@ -778,7 +778,7 @@ def to_rgb(image):
     image.load()
     with contextlib.suppress(Exception):  # ignore broken EXIF data
         image = ImageOps.exif_transpose(image)
-    if image.mode[0] in 'IF':  # I, I;16 or F: guess the maximum (1, 255 or 65535) from the brightest pixel
+    if image.mode[0] in 'IF':  # I, I;16 or F: guess the maximum from the brightest pixel
         image = image.convert('F')
         high = image.getextrema()[1]
         white = next((maximum for maximum in (1, 255, 65535) if high <= maximum), high)
@@ -798,7 +798,7 @@ def encode_prompt(tokenizer, cfg, prompt):
     ids = tokenizer.encode(cfg.prompt_template.replace('{}', prompt))
     limit = (cfg.block_size - cfg.n_visual) // 2
     if len(ids) > limit:
-        after = tokenizer.encode(cfg.prompt_template.split('{}')[1])  # keep this end: the answer follows it
+        after = tokenizer.encode(cfg.prompt_template.split('{}')[1])  # kept: the answer follows
         ids = (ids[: max(0, limit - len(after))] + after)[-limit:]
     return ids
 
