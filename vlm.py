@@ -9,8 +9,8 @@ A minimal vision-language model: an image and a question go in, words come out.
                                    | LanguageDecoder: causal; the image comes first, so all text sees it
                              logits (T,V) -> sample_top_p -> the next token, and repeat
 Training: _, loss = model(images, ids, targets); loss.backward(); optimizer.step(). See train.py.
-Shapes: B batch, P pixels per side, N visual tokens, T text tokens, S = N + T in all, C, C' channels,
-V vocabulary. In attention: T queries, S keys, H heads, G key/value heads, D channels in each head.
+Shapes: B batch, P pixels per side, N visual and T text tokens, S = N + T in all, V vocabulary, C channels in
+the decoder, C' in the encoder. In attention: T queries, S keys, H heads, G key/value heads, D channels each.
 """
 import argparse, codecs, contextlib, difflib, json, math, mmap, os, re, sys, urllib.request, warnings
 from collections import Counter, defaultdict
@@ -39,7 +39,7 @@ class TransformerConfig:  # one stack of blocks: vision encoder or language deco
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    n_kv_head: int = 0           # key/value heads; 0 = n_head. Fewer: a smaller KV cache (GQA)
+    n_kv_head: int = 0           # key/value heads; fewer (grouped queries): a smaller cache; 0 = n_head
     n_hidden: int = 0            # width inside the MLP; 0 = 4 * n_embd
     norm: Literal['layer', 'rms'] = 'layer'
     norm_eps: float = 1e-6
@@ -51,9 +51,9 @@ class TransformerConfig:  # one stack of blocks: vision encoder or language deco
 
     def __post_init__(self):
         check_choices(self)
-        C, H, K = self.n_embd, self.n_head, self.n_kv_head or self.n_head
-        divisible = min(C, H, K) > 0 and C % H == 0 and H % K == 0
-        check(divisible, f'n_embd={C} must be a multiple of n_head={H}, n_head of n_kv_head={K}')
+        C, H, G = self.n_embd, self.n_head, self.n_kv_head or self.n_head
+        divisible = min(C, H, G) > 0 and C % H == 0 and H % G == 0
+        check(divisible, f'n_embd={C} must be a multiple of n_head={H}, and n_head of n_kv_head={G}')
         check(self.position == 'learned' or C // H % 2 == 0, f'RoPE: n_embd/n_head={C // H} must be even')
         check(0 < self.n_layer < 200, f'n_layer={self.n_layer} must be in 1..199')
         check(0 <= self.dropout < 1, f'dropout={self.dropout} must be in [0, 1)')
@@ -62,7 +62,7 @@ class TransformerConfig:  # one stack of blocks: vision encoder or language deco
 class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     vision: TransformerConfig = TransformerConfig()
     text: TransformerConfig = TransformerConfig()
-    encoder: Literal['vit', 'resnet18', 'resnet50'] = 'vit'  # a ResNet ignores vision and stem
+    encoder: Literal['vit', 'resnet18', 'resnet50'] = 'vit'  # a ResNet ignores `vision` and `stem`
     stem: Literal['patch', 'conv'] = 'patch'  # ViT only: one strided convolution, or conv_stem()
     image_size: int = 224        # pixels per side
     patch_size: int = 16         # pixels per side of a feature-grid cell
@@ -74,10 +74,10 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     n_latents: int = 32          # 'perceiver': the number of visual tokens
     input_norm: bool = False     # normalize what enters the decoder: see LanguageDecoder
     vocab_size: int = 50257
-    block_size: int = 1024       # longest sequence, visual tokens included
+    block_size: int = 1024       # longest sequence, visual tokens included; 16 or more for text
     tokenizer: str = 'bpe'       # passed to Tokenizer.make
-    prompt_template: str = ' {}' # {} stands for the prompt. To a BPE, 'red' and ' red' are
-    answer_prefix: str = ' '     # different tokens: so prompts and answers begin with a space
+    prompt_template: str = ' {}' # what the decoder reads; {} stands for the prompt
+    answer_prefix: str = ' '     # as above: to a BPE, 'red' and ' red' are different tokens
     caption_prompt: str = ''     # the prompt that asks for a caption
 
     @property
@@ -106,7 +106,7 @@ LLAMA = TransformerConfig(norm='rms', norm_eps=1e-5, activation='swiglu', positi
 SMOLLM2_135M = replace(LLAMA, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536, rope_base=1e5)
 SLIM = TransformerConfig(n_layer=4, n_head=8, n_embd=128, bias=False)
 COMMON = dict(image_size=64, patch_size=8, stem='conv', projection='pixel_shuffle', input_norm=True)
-PRESETS = {  # size, (N,C): tiny 1.2M and small 1.7M (16,128), base 213M (196,768), nanovlm 222M (49,576)
+PRESETS = {  # size (N,C): tiny 1.2M (16,128); small 1.7M (16,128); base 213M (196,768); nanovlm 222M (49,576)
     'tiny': VLMConfig(replace(SLIM, n_layer=1), SLIM, vocab_size=512, block_size=112, **COMMON),
     'small': VLMConfig(replace(SLIM, n_layer=1, n_head=4, dropout=0.1), replace(SLIM, n_head=4, dropout=0.1),
                        vocab_size=4096, block_size=160, **COMMON),
@@ -127,13 +127,13 @@ def rope_angles(cfg, pos):
     """Cosine and sine of each channel pair's rotation angle at positions pos, (S,) or (B,S)."""
     D = cfg.n_embd // cfg.n_head
     exponent = torch.arange(0, D, 2, device=pos.device) / D  # one per pair, from 0 to almost 1
-    angle = pos[..., None] * cfg.rope_base**-exponent  # (...,S,D/2), later pairs turn slower
+    angle = pos[..., None] * cfg.rope_base**-exponent  # (...,S,D/2), later pairs rotate more slowly
     return torch.stack([angle.cos(), angle.sin()]).unsqueeze(-3)  # (2,1,S,D/2) or (2,B,1,S,D/2)
 
 def apply_rope(x, rope):
     """Rotary position embedding (arXiv 2104.09864): rotates the channel pairs (i, i + D/2) of queries or keys
-    x (B,H,T,D), so positions enter q.k only by their distance. (The paper pairs 2i with 2i + 1.)"""
-    cos, sin = rope.to(x.dtype)  # from (2,...)
+    x (B,H,T,D), so positions affect q.k only by their distance. (The paper pairs 2i with 2i + 1.)"""
+    cos, sin = rope.to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -142,13 +142,13 @@ def attend(q, k, v, mask=None):
     attend -> values (B,H,T,D) and the attention map (B,H,T,S)."""
     att = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B,H,T,D) x (B,H,D,S) -> (B,H,T,S)
     if mask is not None:
-        att = att + torch.where(mask, 0.0, float('-inf')).to(att.dtype)  # quicker than masked_fill
+        att = att + torch.where(mask, 0.0, float('-inf')).to(att.dtype)  # faster than masked_fill
     att = F.softmax(att, dim=-1)
     return att @ v, att  # (B,H,T,S) x (B,H,S,D) -> (B,H,T,D)
 
-def fused_attention_fails(q):  # PyTorch's is slow (bf16 backward on a CPU) or wrong (on an old MPS)
+def fused_attention_fails(q):  # too slow (bf16 backward on a CPU) or wrong (old PyTorch on MPS)
     slow_on_cpu = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad
-    return slow_on_cpu or q.is_mps and torch.__version__ < (2, 13)  # a TorchVersion, not a str
+    return slow_on_cpu or (q.is_mps and torch.__version__ < (2, 13))  # compares numbers, not text
 
 class KVCache:  # the keys (after RoPE) and values (B,G,S,D) that one layer has computed so far
     k = v = None  # until the first update
@@ -160,7 +160,7 @@ class KVCache:  # the keys (after RoPE) and values (B,G,S,D) that one layer has 
         return k, v
 
 class Attention(nn.Module):
-    """Multi-head attention: each query is compared with every key, and takes that much of each key's value.
+    """Multi-head attention: each query scores every key; the output averages the values by those scores.
     Self- or cross-attention, causal or not, with grouped-query heads, RoPE and a KV cache."""
     def __init__(self, cfg, causal=False):
         super().__init__()
@@ -172,7 +172,7 @@ class Attention(nn.Module):
         self.k = nn.Linear(cfg.n_embd, n_kv_head * self.head_dim, bias=cfg.bias)
         self.v = nn.Linear(cfg.n_embd, n_kv_head * self.head_dim, bias=cfg.bias)
         self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
-        self.keep_map = False  # True: forward stores its attention map (B,H,T,S) in self.attn_map
+        self.keep_map = False  # True: each forward stores its map in attn_map (B,H,T,S)
     def forward(self, x, context=None, mask=None, rope=None, cache=None):
         """Queries from x (B,T,C); keys and values from x, in the Perceiver from context (B,S,C). -> (B,T,C)
         mask (B,1,T,S), True where a query may attend, replaces the causal mask."""
@@ -183,16 +183,16 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:
-            assert cache.k is None or x.size(1) == 1, 'several new tokens need a mask'
+            assert cache.k is None or x.size(1) == 1, 'after the prompt, one token at a time'
             k, v = cache.update(k, v)
         if self.group_size > 1:  # (B,G,S,D) -> (B,H,S,D)
             k = k.repeat_interleave(self.group_size, dim=1)
             v = v.repeat_interleave(self.group_size, dim=1)
         is_causal = self.causal and mask is None
-        if x.size(1) == 1:  # the newest token sees all keys; is_causal would show it the first only
+        if x.size(1) == 1:  # the newest token sees all keys; is_causal would show it only the first
             is_causal = False
         if self.keep_map or fused_attention_fails(q):
-            if is_causal:  # without a cache, or it is empty: T = S
+            if is_causal:  # T = S: there is no cache, or it was empty
                 mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=x.device).tril()
             y, att = attend(q, k, v, mask)
             self.attn_map = att.detach() if self.keep_map else None
@@ -224,8 +224,8 @@ class Block(nn.Module):  # pre-norm residual block
         self.mlp = MLP(cfg)
         self.dropout = nn.Dropout(cfg.dropout)
     def forward(self, x, context=None, mask=None, rope=None, cache=None):
-        x = x + self.dropout(self.attn(self.norm1(x), context, mask, rope, cache))  # tokens mix
-        return x + self.dropout(self.mlp(self.norm2(x)))  # each token by itself
+        x = x + self.dropout(self.attn(self.norm1(x), context, mask, rope, cache))  # mixes tokens
+        return x + self.dropout(self.mlp(self.norm2(x)))  # acts on each token alone
 
 class Transformer(nn.Module):  # blocks and a final norm
     def __init__(self, cfg, causal=False):
@@ -235,7 +235,7 @@ class Transformer(nn.Module):  # blocks and a final norm
         self.grad_checkpointing = False  # True: recompute each block in backward, to save memory
     def forward(self, x, context=None, mask=None, rope=None, caches=None):
         for i, block in enumerate(self.blocks):
-            if self.grad_checkpointing and torch.is_grad_enabled():  # no caches then
+            if self.grad_checkpointing and torch.is_grad_enabled():  # in training: no caches
                 x = torch.utils.checkpoint.checkpoint(block, x, context, mask, rope, use_reentrant=False)
             else:
                 x = block(x, context, mask, rope, caches[i] if caches else None)
@@ -250,7 +250,7 @@ def conv_stem(C):
         layers += [conv, nn.MaxPool2d(2), nn.BatchNorm2d(c_out), nn.GELU()]
     return nn.Sequential(*layers, nn.Conv2d(C // 2, C, kernel_size=3, padding=1))
 
-class VisionEncoder(nn.Module):  # ViT (arXiv 2010.11929), SigLIP (2303.15343): all patches attend to all
+class VisionEncoder(nn.Module):  # ViT (arXiv 2010.11929) or SigLIP (2303.15343)
     def __init__(self, cfg):
         super().__init__()
         C, p = cfg.vision.n_embd, cfg.patch_size
@@ -259,8 +259,8 @@ class VisionEncoder(nn.Module):  # ViT (arXiv 2010.11929), SigLIP (2303.15343): 
         self.position_embedding = nn.Parameter(0.02 * torch.randn(cfg.grid**2, C))
         self.transformer = Transformer(cfg.vision)
     def forward(self, images):
-        """images (B,3,P,P), normalized -> features (B,grid*grid,C), row by row."""
-        x = self.stem(images).flatten(2).transpose(1, 2)  # (B,C,grid,grid) -> (B,grid*grid,C)
+        """images (B,3,P,P), normalized -> features (B,grid*grid,C'), row by row."""
+        x = self.stem(images).flatten(2).transpose(1, 2)  # (B,C',grid,grid) -> (B,grid*grid,C')
         return self.transformer(x + self.position_embedding)
 
 class ResNetEncoder(nn.Module):  # torchvision's, without pooling and classifier
@@ -274,14 +274,14 @@ class ResNetEncoder(nn.Module):  # torchvision's, without pooling and classifier
 
 # 4. Projection: from vision features to visual tokens of the decoder's width --------------------------
 def pixel_shuffle(x, f):
-    """f x f neighbouring cells become one wide cell (PyTorch's PixelUnshuffle). (B,L,C) -> (B,L/f^2,f*f*C)"""
+    """Space to depth: f x f neighbours become one wide cell. L = grid^2. (B,L,C) -> (B,L/f^2,f*f*C)"""
     B, L, C = x.shape
     g = math.isqrt(L) // f  # wide cells per side
     x = x.view(B, g, f, g, f, C).transpose(2, 3)  # (B,y,dy,x,dx,C) -> (B,y,x,dy,dx,C)
     return x.reshape(B, g * g, f * f * C)
 
 class MultimodalProjection(nn.Module):
-    # to add one: a branch here and in forward, its name in VLMConfig.projection, its token count in n_visual
+    # to add one: an elif here and in forward, its name in VLMConfig.projection, its token count in n_visual
     def __init__(self, cfg, n_in):
         super().__init__()
         self.kind, self.factor = cfg.projection, cfg.factor
@@ -290,10 +290,10 @@ class MultimodalProjection(nn.Module):
             self.proj = nn.Sequential(nn.Linear(n_in, n_hidden), nn.GELU(), nn.Linear(n_hidden, n_out))
         else:  # one linear map; as in nanoVLM, pixel_shuffle has no bias
             self.proj = nn.Linear(n_in, n_out, bias=self.kind != 'pixel_shuffle')
-        if self.kind == 'perceiver':  # after Flamingo (arXiv 2204.14198): learned queries attend to features
-            self.norm = make_norm(cfg.text)  # of the features: the blocks norm the latents only
+        if self.kind == 'perceiver':  # Flamingo (arXiv 2204.14198): learned queries attend to x
+            self.norm = make_norm(cfg.text)  # for the features; blocks norm the latents only
             self.latents = nn.Parameter(0.02 * torch.randn(cfg.n_latents, n_out))
-            self.resampler = Transformer(replace(cfg.text, n_layer=2))
+            self.resampler = Transformer(replace(cfg.text, n_layer=2))  # not causal, no RoPE
     def forward(self, x):
         """Features (B,grid*grid,C') -> visual tokens (B,N,C)."""
         if self.kind == 'pixel_shuffle':
@@ -305,8 +305,8 @@ class MultimodalProjection(nn.Module):
 
 # 5. Language decoder ----------------------------------------------------------------------------------
 class LanguageDecoder(nn.Module):
-    """GPT-2 or Llama (arXiv 2302.13971), by its config. It takes embeddings, as visual tokens have no ids.
-    input_norm brings visual and text embeddings to one scale, mean 0 and std 1: small models learn sooner."""
+    """GPT-2 or Llama (arXiv 2302.13971), by config. It takes embeddings, as visual tokens have no ids.
+    input_norm scales visual and text embeddings alike, to mean 0 and std 1: small models learn sooner."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg.text
@@ -329,9 +329,9 @@ class LanguageDecoder(nn.Module):
 
 # 6. The whole model -----------------------------------------------------------------------------------
 def packed_mask(positions, n_visual):
-    """The mask for rows that pack several texts: each text sees the image and itself only.
+    """The mask for rows that pack several texts: each text sees only the image and itself.
     positions (B,T) count from 0 in each text -> mask (B,1,S,S), True where a query may attend."""
-    text = (positions == 0).cumsum(dim=1)  # (B,T), whose text: 0 1 2 0 1 -> 1 1 1 2 2
+    text = (positions == 0).cumsum(dim=1)  # (B,T), number of its text: 0 1 2 0 1 -> 1 1 1 2 2
     text = F.pad(text, (n_visual, 0))  # (B,S): 0 is the image
     allowed = (text[:, None, :] == 0) | (text[:, None, :] == text[:, :, None])  # [row,query,key]
     return allowed.tril()[:, None]  # also causal
@@ -345,18 +345,18 @@ class MinimalVLM(nn.Module):
         self.decoder = LanguageDecoder(cfg)
         self.init_weights()
     def init_weights(self):
-        """GPT-2's, except for the queries and keys of self-attention. Convolutions keep PyTorch's own."""
+        """GPT-2's scheme, except for q and k in self-attention. Convolutions keep PyTorch's default."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for stack in self.modules():
-            for block in getattr(stack, 'blocks', []):
+            for block in getattr(stack, 'blocks', []):  # only a Transformer has blocks
                 for layer in (block.attn.out, block.mlp.down):  # smaller, since many of them add up
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
-        # in self-attention (not the Perceiver) q and k start equal: q.k is then largest for tokens that are
-        # alike, and small models ground words in the image sooner (mimetic initialization, arXiv 2305.09828)
+        # in self-attention (not the Perceiver) q and k start equal, so q.k is largest where tokens are alike:
+        # small models learn sooner to ground words in the image (mimetic initialization, arXiv 2305.09828)
         for attn in [*self.vision.modules(), *self.decoder.modules()]:
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
                 nn.init.normal_(attn.k.weight, std=0.7 / math.sqrt(attn.k.in_features))
@@ -379,7 +379,7 @@ class MinimalVLM(nn.Module):
         Without targets -> logits (B,T,V), None. Else logits (n_scored,V), loss (nats per token)."""
         x = self.embed(images, ids)  # (B,S,C)
         N = x.size(1) - ids.size(1)
-        pos = torch.arange(x.size(1), device=x.device)  # positions in the sequence
+        pos = torch.arange(x.size(1), device=x.device)  # in the sequence; positions: in each text
         mask = None
         if positions is not None:  # every text starts at position N, right after the image
             pos = torch.cat([pos[:N].expand(ids.size(0), -1), N + positions], dim=1)  # (B,S)
@@ -389,14 +389,14 @@ class MinimalVLM(nn.Module):
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
         h = h[is_scored]
-        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # rows of 0 up to 256, 512, ...: see collate
+        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # zero rows: oneDNN compiles for each length
         logits = self.decoder.head(padded)[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
     @torch.inference_mode()
     def stream(self, images, ids, max_new_tokens=50, temperature=1.0, top_p=1.0, top_k=0, stop=-1):
         """Yields the next tokens (B,1). Call eval() first. ids (B,T): prompts of one length. images:
-        (B,3,P,P), (1,3,P,P) for all B, or None. A finished row yields stop (-1: none) until all finish."""
+        (B,3,P,P), (1,3,P,P) for all B, or None. A finished row repeats stop (-1: never) until all finish."""
         x = self.embed(images, ids)
         caches = [KVCache() for _ in self.decoder.transformer.blocks]
         pos = torch.arange(x.size(1), device=x.device)
@@ -411,22 +411,22 @@ class MinimalVLM(nn.Module):
                 return
             x = self.decoder.embedding(token)
             pos = pos[-1:] + 1
-    def generate(self, images, ids, max_new_tokens=50, **options):  # -> (B,T+new), with the prompts
+    def generate(self, images, ids, max_new_tokens=50, **options):  # -> (B,T+new), prompts included
         return torch.cat([ids, *self.stream(images, ids, max_new_tokens, **options)], dim=1)
 
     @torch.inference_mode()
     def score(self, image, prompt, choices):
-        """Log-probabilities (n,) of choices, each ids (L_i,) with end-of-text. image (3,P,P), prompt (T,)"""
+        """Log-probabilities (n,) of choices: ids (L_i,) ending in end-of-text. image (3,P,P), prompt (T,)"""
         answers = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-100)  # (n,L)
         ids = torch.cat([prompt.expand(len(choices), -1), answers.clamp(min=0)], dim=1)  # (n,T+L)
         logits, _ = self(image[None], ids)  # (n,T+L,V); those at t predict token t + 1
         logits = logits[:, len(prompt) - 1 : -1].float().mT  # for the answers, (n,V,L)
-        return -F.cross_entropy(logits, answers, reduction='none').sum(dim=1)  # padding adds 0
+        return -F.cross_entropy(logits, answers, reduction='none').sum(dim=1)  # -100: ignored
 
     @classmethod
     def from_pretrained(cls, names, cfg=None):
         """Loads public weights. names: one, or 'encoder,decoder'; each a repository, a folder, an alias or a
-        ResNet. Parts not in the files start from scratch. cfg is used instead of the published one."""
+        ResNet. Parts that no file covers keep their random weights. cfg replaces the published one."""
         names = [name.strip() for name in names.split(',')]
         published = {field: value for name in names for field, value in read_config(name).items()}
         model = cls(cfg or VLMConfig(**published))
@@ -448,7 +448,7 @@ def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
         return logits.argmax(dim=-1, keepdim=True)
     logits, ids = logits.float().sort(dim=-1, descending=True)
     logits = logits[..., : top_k or None]  # [: None] keeps all
-    logits = (logits - logits[..., :1]) / max(temperature, 1e-30)  # shifted so it cannot overflow
+    logits = (logits - logits[..., :1]) / max(temperature, 1e-30)  # <= 0: no overflow, no 0 / 0
     probs = F.softmax(logits, dim=-1)
     if p < 1:
         # drop a token if those before it already sum to p, so the crossing token stays
@@ -460,11 +460,11 @@ def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
 def read_table(text):
     """{column header: {row label: cell}}, for every column after the first."""
     rows = [line.split() for line in text.strip().splitlines()]
-    labels, *columns = zip(*rows)  # transposed
+    labels, *columns = zip(*rows)  # each column begins with its header
     return {header: dict(zip(labels[1:], cells)) for header, *cells in columns}
 
 # Published names of our layers, without .weight or .bias (of position_embedding: the full name). #: block
-# number. -: none. .T: stored (in, out), transpose it. [i]: q, k and v are stacked there, ours is number i
+# number. -: none. .T: stored (in, out), transpose it. [i]: q, k and v are stacked there; ours is chunk i
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
 stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
@@ -495,11 +495,11 @@ blocks.#.mlp.down   h.#.mlp.c_proj.T       layers.#.mlp.down_proj               
 norm                ln_f                   norm                                 decoder.norm
 """)
 NAMES = dict(vision=VISION_NAMES, projection={'nanoVLM': {'proj': 'MP.proj'}}, decoder=TEXT_NAMES)
-PREFIX = r'^(transformer|vision_model|model)\.'  # before all names in some files; the tables omit it
+PREFIX = r'^(transformer|vision_model|model)\.'  # of all names in some files; the tables omit it
 # tensors we ignore: SigLIP's text half, scale, bias and pooling head, GPT-2's masks, RoPE tables
 UNUSED = r'text_model\..*|logit_\w+|head\..*|.*\.attn\.(masked_)?bias|.*inv_freq'
 
-# config.json's names for our settings; a missing key leaves the default of BASES or read_config
+# config.json's names for our settings; where a key is missing, BASES or read_config has the default
 CONFIG_NAMES = read_table("""
 ours            siglip               gpt2                llama                    nanovlm-text  nanovlm-vision
 n_layer         num_hidden_layers    n_layer             num_hidden_layers        lm_n_blocks   vit_n_blocks
@@ -515,15 +515,15 @@ tokenizer       -                    -                   -                      
 image_size      image_size           -                   -                        -             vit_img_size
 patch_size      patch_size           -                   -                        -             vit_patch_size
 """)
-SUPPORTED = {  # keys of config.json that we cannot vary: they must have this value or be absent
+SUPPORTED = {  # keys of config.json that must have this value or be absent
     'siglip': dict(hidden_act='gelu_pytorch_tanh'), 'nanovlm': dict(mp_pixel_shuffle_factor=2),
     'gpt2': dict(activation_function='gelu_new', scale_attn_by_inverse_layer_idx=False),
     'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False, rope_scaling=None,
                   rope_type='default', tie_word_embeddings=True)}
-BASES = [('siglip', 'vision', SIGLIP_B), ('gpt2', 'text', GPT2), ('llama', 'text', LLAMA),
-         ('nanovlm-vision', 'vision', SIGLIP_B), ('nanovlm-text', 'text', LLAMA)]
+BASES = [('gpt2', 'text', GPT2), ('nanovlm-text', 'text', LLAMA),  # column, part, what it starts from
+         ('llama', 'text', LLAMA), ('siglip', 'vision', SIGLIP_B), ('nanovlm-vision', 'vision', SIGLIP_B)]
 IMAGE_FIELDS = ('encoder', 'stem', 'image_size', 'patch_size', 'image_mean', 'image_std')
-IMAGE_DEFAULTS = {field: getattr(VLMConfig, field) for field in IMAGE_FIELDS}  # not a preset's
+IMAGE_DEFAULTS = {field: getattr(VLMConfig, field) for field in IMAGE_FIELDS}  # undo a preset's
 ALIASES = {'siglip-b-16': 'google/siglip-base-patch16-224', 'gpt2': 'openai-community/gpt2',
            'smollm2-135m': 'HuggingFaceTB/SmolLM2-135M', 'nanovlm-222m': 'lusxvr/nanoVLM-222M'}
 
@@ -569,7 +569,7 @@ def read_config(name):
     c |= c.get('vision_config') or c.get('rope_parameters') or {}  # SigLIP and Llama nest some keys
     for key, value in SUPPORTED[kind].items():
         check(c.get(key, value) == value, f'{path}: {key}={c.get(key)} must be {value}')
-    config = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)  # gpt2/llama
+    config = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)  # text only
     if kind == 'nanovlm':
         config = vars(PRESETS['nanovlm'])  # its fields, as a dict
     elif kind == 'siglip':
@@ -608,20 +608,20 @@ def published_name(name, table):
     if name in table:  # position_embedding has a row of its own, without weight and bias
         return table[name], False, []
     row, _, suffix = name.removeprefix('transformer.').rpartition('.')  # blocks.3.attn.k, weight
-    number = ''.join(re.findall(r'\.(\d+)\.', row))  # 3; '' outside the blocks
+    number = ''.join(re.findall(r'\.(\d+)\.', row))  # '3', or '' outside the blocks
     cell = table.get(re.sub(r'\.\d+\.', '.#.', row), '-')  # h.#.attn.c_attn.T[1]
     theirs = re.sub(r'\.T|\[\d\]', '', cell).replace('#', number) + '.' + suffix
     return theirs, '.T' in cell and suffix == 'weight', re.findall(r'\[(\d)\]', cell)
 
 def load_weights(model, path):
-    """Fills the parts in NAMES that the file covers, each completely, and skips the others."""
+    """Fills the parts in NAMES that the file covers, each completely; the others keep their weights."""
     tensors = {re.sub(PREFIX, '', name): x for name, x in read_safetensors(path).items()}
-    head = tensors.pop('lm_head.weight', tensors.pop('decoder.head.weight', None))  # nanoVLM's
+    head = tensors.pop('lm_head.weight', tensors.pop('decoder.head.weight', None))  # Llama, nanoVLM
     if head is not None and 'decoder.norm.weight' in tensors:  # nanoVLM may store only the head
         tensors.setdefault('decoder.token_embedding.weight', head)
     used = set()
     for part, table in [(part, table) for part in NAMES for table in NAMES[part].values()]:
-        if list(table.values())[-1] + '.weight' not in tensors:  # the last row tells if the part is there
+        if list(table.values())[-1] + '.weight' not in tensors:  # the last row tells
             continue
         for name, parameter in getattr(model, part).named_parameters():
             theirs, transpose, third = published_name(name, table)
@@ -632,12 +632,12 @@ def load_weights(model, path):
             if third:
                 tensor = tensor.chunk(3)[int(third[0])]
             if name == 'position_embedding':
-                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # from (1,n,C)
+                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # of (1,n,C) too
             check(tensor.shape == parameter.shape, f'{path}: {theirs} does not fit {list(parameter.shape)}')
             parameter.data.copy_(tensor)
             used.add(theirs)
     left = [name for name in tensors if name not in used and not re.fullmatch(UNUSED, name)]
-    check(used and not left, f'{path}: the layout is unknown, or these tensors are unexpected: {left[:3]}')
+    check(used and not left, f'{path}: unknown layout, or unexpected tensors: {left[:3]}')
     tied = head is None or torch.equal(head.float(), model.decoder.embedding.weight)
     check(tied, f'{path}: its output head differs from its embedding: not supported')
 
@@ -677,7 +677,7 @@ def load_checkpoint(path, device='cpu'):
 
 # 9. Tokenizers ----------------------------------------------------------------------------------------
 END = '<|endoftext|>'
-# pre-tokenization, before bytes are merged. SmolLM2 splits off every digit, GPT-2 does not
+# how text is split before BPE. SmolLM2 splits off each digit and the space before it; GPT-2 does not
 PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -712,7 +712,7 @@ class Tokenizer:
         path = os.path.expanduser(name) if name.endswith('.json') else fetch(name, 'tokenizer.json')
         data = read_json(path)
         model = data.get('model') or {}
-        check('added_tokens' in data and {'vocab', 'merges'} <= {*model}, f'{path} is not a BPE')
+        check('added_tokens' in data and {'vocab', 'merges'} <= {*model}, f'{path} is not a BPE tokenizer')
         vocab = model['vocab']
         special = {t['content']: t['id'] for t in data['added_tokens']}
         pre = data.get('pre_tokenizer') or {}
@@ -722,7 +722,7 @@ class Tokenizer:
         required = dict(add_prefix_space=False, use_regex=True, individual_digits=True)
         supported = all(step.get(key, value) == value for step in steps for key, value in required.items())
         check(pieces and supported and not data.get('normalizer'), f'{path}: unsupported pre-tokenizer')
-        ids = [vocab[''.join(merge).replace(' ', '')] for merge in model['merges']]  # 'a b', [a, b]
+        ids = [vocab[''.join(merge).replace(' ', '')] for merge in model['merges']]  # 'a b' or pair
         check(END in special and ids == sorted(ids), f'{path}: no {END}, or ids not in merge order')
         # undo GPT-2's alphabet: printable bytes map to themselves, the rest to chr(256) upwards
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -748,34 +748,34 @@ def learn_bpe(texts, vocab_size):
         count(word, n, i)
     while len(tokens) < vocab_size and max(pairs.values(), default=0) > 1:
         highest = max(pairs.values())
-        for best in [pair for pair, n in pairs.items() if n == highest]:  # one search for all
-            if pairs[best] < highest:  # joining another pair used some up
+        for best in [pair for pair, n in pairs.items() if n == highest]:  # all ties at once
+            if pairs[best] < highest:  # an earlier tie's joining reduced it
                 continue
             names = list(tokens)  # id -> token
             joined = ''.join(names[ord(c)] for c in best)
-            new = chr(tokens.setdefault(joined, len(tokens)))  # it may exist, from another pair
+            new = chr(tokens.setdefault(joined, len(tokens)))  # it may exist: abc is a + bc, ab + c
             for i in where.pop(best):  # only these words change
                 word, n = words[i]
-                if best in word:  # recount from its first place to its last, with neighbours
+                if best in word:  # recount it from first to last place, and a neighbour each
                     part = word[max(0, word.index(best) - 1) : word.rindex(best) + 3]
                     count(part, -n, i)
                     count(part.replace(best, new), n, i)
                     words[i] = (word.replace(best, new), n)
-    return {token: i for token, i in tokens.items() if i < max(256, vocab_size)}  # it may overshoot
+    return {token: i for token, i in tokens.items() if i < max(256, vocab_size)}  # ties overshoot
 
 # 10. Images and batches -------------------------------------------------------------------------------
 def open_image(path, size):
     """An image file as 8-bit RGB, upright. A JPEG is decoded at reduced size, never below size."""
     try:
-        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # of huge images
+        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # warns if huge
             image.draft('RGB', (size, size))
             return to_rgb(image)
     except Exception as e:  # broken files make Pillow raise almost anything
         raise UserError(f'{path} is not a readable image ({e!r})') from e
 
 def to_rgb(image):
-    """Any Pillow image as 8-bit RGB: upright by EXIF, more than 8 bits scaled, transparency on white."""
-    image.load()
+    """Any Pillow image as 8-bit RGB: turned upright per EXIF, scaled if deeper than 8 bits, on white."""
+    image.load()  # here, as the next lines would ignore a broken file
     with contextlib.suppress(Exception):  # ignore broken EXIF data
         image = ImageOps.exif_transpose(image)
     if image.mode[0] in 'IF':  # I, I;16 or F: guess the maximum from the brightest pixel
@@ -787,11 +787,11 @@ def to_rgb(image):
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
     return image.convert('RGB')
 
-def image_transform(cfg):  # RGB Pillow image -> uint8 (3,P,P), squashed to a square
+def image_transform(cfg):  # RGB Pillow image -> uint8 (3,P,P), whatever its aspect ratio
     return transforms.Compose([transforms.Resize([cfg.image_size] * 2), transforms.PILToTensor()])
 
 def encode_prompt(tokenizer, cfg, prompt):
-    """Token ids of the prompt in its template, cut to half the room for text. No prompt: end-of-text."""
+    """Token ids of the prompt in its template, cut to half the room for text; without one, end-of-text."""
     prompt = prompt.strip() or cfg.caption_prompt
     if not prompt:
         return [tokenizer.end]
@@ -819,7 +819,7 @@ def collate(items, cfg, tokenizer, transform):
             targets = [-100] * (len(prompt_ids) - 1) + text[len(prompt_ids) :]
             row += zip(text[:-1], targets, range(len(targets)))
         rows.append(row[:room])
-    # pad to a multiple of 16: oneDNN compiles a kernel for each length. A padding token is a text of its own
+    # pad to a multiple of 16: oneDNN compiles a kernel for each length. Padding: one-token texts (position 0)
     longest = min(room, math.ceil(max(map(len, rows)) / 16) * 16)
     rows = torch.tensor([row + [(0, -100, 0)] * (longest - len(row)) for row in rows])  # (B,T,3)
     ids, targets, positions = rows.unbind(-1)
