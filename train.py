@@ -321,7 +321,7 @@ def evaluate(model, batches, step, last, device):
     elif eval_samples:
         share = exact_answers(model, tok, choose_items(data, eval_samples), 'held-out items')
     pictures = Shapes('val', seed, pixels=624) if dataset == 'shapes' else data  # the same scenes, sharper
-    draw_samples(model, tok, choose_items(pictures, 9), os.path.expanduser(f'{out_dir}/samples.png'))
+    draw_samples(model, tok, choose_items(pictures, 6), os.path.expanduser(f'{out_dir}/samples.png'))
     return own, swapped, share
 
 # the run ----------------------------------------------------------------------------------------------
