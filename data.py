@@ -1,5 +1,5 @@
 """
-What train.py learns from and sample.py talks about: drawn scenes, photos with captions, files of pictures.
+What train.py trains on and sample.py describes: drawn scenes, captioned photos, picture files.
 
 Item i of a data set is (Pillow image, [(prompt, answer), ...]); an empty prompt asks for a caption.
 """
@@ -8,7 +8,7 @@ from collections import defaultdict, namedtuple
 from PIL import Image, ImageDraw
 from vlm import UserError, check, image_transform, open_image
 
-with contextlib.suppress(ImportError):  # not required: with it, Pillow reads HEIC
+with contextlib.suppress(ImportError):  # optional: it lets Pillow read HEIC
     import pillow_heif
     pillow_heif.register_heif_opener()
 
@@ -25,7 +25,7 @@ COLORS = {
 }
 
 def ring(n, turn, *radii):
-    """n points (x, y) clockwise around (0, 0), from turn degrees (0 = up); the radii are used in turn."""
+    """n points (x, y) clockwise around (0, 0), the first at turn degrees (0 = up). The radii alternate."""
     angles = [math.radians(turn + 360 * i / n) for i in range(n)]
     return [(r * math.sin(angle), -r * math.cos(angle)) for r, angle in zip(itertools.cycle(radii), angles)]
 
@@ -90,7 +90,7 @@ def caption(scene):
     things = [f'{PLACES[t.place]} a {t.size} {t.color} {t.shape}' for t in scene]
     return ' and '.join(filter(None, [', '.join(things[:-1]), things[-1]]))
 
-# each of these returns (question, answer), or None if it does not apply; pairs: those that may be named
+# each returns (question, answer), or None if it does not apply. pairs: those a question may name
 def ask_count(scene, rng, pairs):
     traits = [trait for t in scene for trait in (t.color, t.shape)]
     most_common = max(traits, key=traits.count)
@@ -102,7 +102,7 @@ def ask_count(scene, rng, pairs):
 
 def ask_color(scene, rng, pairs):
     t = rng.choice(scene)
-    others = [u.color for u in scene] + rng.sample(list(COLORS), len(COLORS))  # likelier confusions first
+    others = [u.color for u in scene] + rng.sample(list(COLORS), len(COLORS))  # those in the scene first
     wrong = [color for color in dict.fromkeys(others) if color != t.color]
     options = ': {}, {} or {}'.format(*rng.sample([t.color, *wrong[:2]], 3))
     if [u.shape for u in scene].count(t.shape) == 1:
@@ -116,7 +116,7 @@ def ask_existence(scene, rng, pairs):
     t = rng.choice(scene)
     here = [(u.color, u.shape) for u in scene]
     absent = [p for p in pairs if p not in here and (p[0] == t.color or p[1] == t.shape)]
-    # added again, and so likelier: color and shape are both there, but not in one thing
+    # listed twice, so likelier: pairs whose color and shape are both there, but in different things
     absent += [p for p in absent if {*p} <= {*itertools.chain(*here)}]
     if absent:
         pair, answer = rng.choice([((t.color, t.shape), 'yes'), (rng.choice(absent), 'no')])
@@ -132,14 +132,14 @@ def ask_side(scene, rng, pairs):
 QUESTIONS = 3 * [ask_existence, ask_count] + 2 * [ask_side, ask_color] + [ask_shape]
 
 # photos with captions ---------------------------------------------------------------------------------
-# what the columns of a table, or the keys of JSON, may be called, in any case; the first one there counts
+# accepted names of table columns and JSON keys, in any case; the first one present is used
 IMAGE_NAMES = ('image', 'file_name', 'image_name', 'filename', 'image_path', 'path')
 PROMPT_NAMES = ('prompt', 'question')
 ANSWER_NAMES = ('caption', 'answer', 'text', 'comment')
 
 def read_rows(path):
     """Yields (label, row) for each row of a caption file, or each photo of a folder. A row is a dict with
-    names from above, or a ValueError that says why it cannot be used: raised, it would end the reading."""
+    the names above or, if unusable, a ValueError that says why: raising it here would end the generator."""
     if os.path.isdir(path):
         yield from read_folder(path)
         return
@@ -159,7 +159,7 @@ def read_rows(path):
             yield f'entry {n}', row
 
 def has_objects_on_lines(lines):
-    """True if a .json file is .jsonl in truth: an object on each of the first two lines."""
+    """True if a .json file is really .jsonl: its first two lines hold an object each."""
     return len(lines) > 1 and all(isinstance(read_json_line(line), dict) for line in lines[:2])
 
 def read_json_line(line):
@@ -170,16 +170,16 @@ def read_json_line(line):
 
 def coco_rows(data):
     if not {'images', 'annotations'} <= {*data}:
-        raise ValueError("a JSON object must be COCO's captions, with images and annotations")
+        raise ValueError("a JSON object must be COCO captions, with keys images and annotations")
     names = {str(image['id']): image['file_name'] for image in data['images']}
     for annotation in data['annotations']:
         yield dict(image=names.get(str(annotation.get('image_id'))), caption=annotation.get('caption'))
 
 def read_table(lines):
-    """Yields the rows below a header. A value in double quotes may span lines; but if one of these looks like
-    a row, the quote was never closed, and the row where it begins cannot be used."""
+    """Yields the rows below a header. A value in double quotes may span lines; but if one of them looks like
+    a row of its own, the quote was never closed, and the row where it opens is unusable."""
     n = 0  # lines read so far
-    if re.match('"?sep=', ''.join(lines[:1])):  # written for Excel, before the header
+    if re.match('"?sep=', ''.join(lines[:1])):  # a hint for Excel, above the header
         n = 1
     header = ''.join(lines[n : n + 1])
     n += 1
@@ -188,7 +188,7 @@ def read_table(lines):
     columns = [i for i, name in enumerate(names) if name.lower() in IMAGE_NAMES]
     if not columns:
         wanted = ' or '.join(IMAGE_NAMES)
-        raise ValueError(f'its header, {header.strip()[:80]!r}, names no column {wanted}')
+        raise ValueError(f'its header, {header.strip()[:80]!r}, has no column {wanted}')
     def looks_like_a_row(line):
         values = next(csv.reader([line], **style), [])
         return len(values) >= len(names) and is_picture(values[columns[0]].strip())
@@ -202,10 +202,10 @@ def read_table(lines):
         try:
             values = next(csv.reader(remaining_lines(), **style))
             while len(values) > len(names) and not values[-1].strip():
-                values.pop()  # Excel writes empty values at the end
+                values.pop()  # Excel pads rows with empty values
             row = dict(zip(names, values))
             if len(values) > len(names):
-                row = ValueError('more values than columns: put texts with separators in double quotes')
+                row = ValueError('more values than columns: put texts with the separator in double quotes')
             if any(map(looks_like_a_row, lines[first + 1 : n])):
                 row = ValueError('a double quote is not closed')
                 n = first + 1  # the next line is read again
@@ -216,13 +216,13 @@ def read_table(lines):
             yield f'line {first + 1}', row
 
 def read_folder(path):
-    """Yields the rows of metadata.csv or metadata.jsonl; or else a row for each photo, with the captions in a
-    .txt file of the same name, one a line, or with the name of its folder."""
+    """Yields the rows of metadata.csv or metadata.jsonl if there is one; else a row per photo, captioned by
+    the .txt file of the same name, one caption per line, or by the name of its folder."""
     for name in ('metadata.csv', 'metadata.jsonl'):
         if os.path.isfile(os.path.join(path, name)):
             yield from read_rows(os.path.join(path, name))
             return
-    photos = {}  # path -> the one to use: several may be links to one photo
+    photos = {}  # path -> path to use: of several links to one photo, the first
     by_real_path = {}
     tables = []
     seen = set()
@@ -240,11 +240,11 @@ def read_folder(path):
     beside = {photo: os.path.splitext(photo)[0] + '.txt' for photo in photos}
     has_captions = any(map(os.path.isfile, beside.values()))
     if tables and not has_captions:
-        raise ValueError(f'it contains {tables[0]}: name that file, or take it away')
+        raise ValueError(f'it contains {tables[0]}: set dataset to that file, or move it elsewhere')
     classes = {os.path.dirname(os.path.relpath(photo, path)) for photo in photos}
     if len(classes) == 1 and not has_captions and '' not in classes:
-        print(f'{path}: no photo has a .txt file, and all are in one folder, {classes}: its name is all that '
-              'can be learned', file=sys.stderr)
+        print(f'{path}: no photo has a .txt file and all are in folder {classes.pop()}: its name is all '
+              'there is to learn', file=sys.stderr)
     for photo, file in beside.items():
         row = dict(image=os.path.relpath(photos[photo], path))
         folder = os.path.dirname(os.path.relpath(photo, path))
@@ -261,29 +261,29 @@ def read_folder(path):
         yield photo, row
 
 def read_texts(row):
-    """The image name and the [(prompt, answer), ...] of a row. Raises ValueError if there are none."""
+    """The image name and the [(prompt, answer), ...] of a row. Raises ValueError if either is missing."""
     if isinstance(row, ValueError):
         raise row
     if not isinstance(row, dict):
-        raise ValueError('it is not an object with image and caption')
+        raise ValueError('it is not an object with keys such as image and caption')
     row = {name.strip().lower(): value for name, value in row.items()}
     def get(names):
         return next((row[name] for name in names if name in row), None)
     image = get(IMAGE_NAMES)
     prompt = get(PROMPT_NAMES)
     answers = get(ANSWER_NAMES)
-    if prompt:  # beside a question, a caption is not the answer
+    if prompt:  # a question goes with the answer, even if there is a caption, too
         answers = get(('answer', *ANSWER_NAMES))
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
     if not isinstance(image, str) or not image.strip():
-        raise ValueError(f'it names no image ({", ".join(IMAGE_NAMES)})')
+        raise ValueError(f'it names no image, or several ({", ".join(IMAGE_NAMES)})')
     if '://' in image:
-        raise ValueError('its image is a URL: download it, and name the file')
+        raise ValueError('its image is a URL: download it and give the file name instead')
     if not isinstance(answers, list):
         answers = [answers]
     texts = [(prompt, answer) for answer in answers]
-    if 'conversations' in row:  # LLaVA's from and value, or role and content, as minimind has them
+    if 'conversations' in row:  # from and value in LLaVA's format, role and content in minimind's
         turns = [(turn.get('from', turn.get('role')), turn.get('value', turn.get('content')))
                  for turn in row['conversations']]
         texts = [(question, answer) for (asker, question), (speaker, answer) in zip(turns, turns[1:])
@@ -295,19 +295,19 @@ def read_texts(row):
     return image.strip(), texts
 
 def clean_text(value):
-    """A value as a text; '' for None and NaN. Raises ValueError for lists and objects, written out or not."""
+    """A value as text; '' for None and NaN. ValueError for lists and objects, even inside a string."""
     if value is None or value != value:  # NaN is not equal to itself
         return ''
     if isinstance(value, (int, float)):
         value = str(value)
     if not isinstance(value, str) or re.match(r'\s*[\[{]\s*["\']', value):
-        raise ValueError(f'{str(value)[:40]} is not a text')
+        raise ValueError(f'{str(value)[:40]} is not text')
     text = value.replace('<image>', '').strip()
-    return text.encode('utf-8', 'replace').decode()  # half characters of JSON become ?
+    return text.encode('utf-8', 'replace').decode()  # lone surrogates, as in broken JSON, become ?
 
 class CaptionedImages:
-    """Photos with their texts. Unreadable ones are reported and replaced by the next one."""
-    size = 1  # pixels; JPEGs are decoded no smaller than this. main sets it, when the model is known
+    """Photos with their texts. An unreadable photo is reported and replaced by the next readable one."""
+    size = 1  # JPEGs are decoded at this many pixels per side or more; main sets it later
 
     def __init__(self, texts, folder):
         self.names, self.texts = list(texts), list(texts.values())
@@ -317,8 +317,9 @@ class CaptionedImages:
         for j in itertools.chain(range(i, self.n_images), range(i)):
             if j not in self.unreadable:
                 try:
-                    path = os.path.join(self.folder, self.names[j])
-                    return open_image(path, self.size), self.texts[j]
+                    image = open_image(os.path.join(self.folder, self.names[j]), self.size)
+                    factor = max(1, min(image.size) // (2 * self.size))  # batches of full photos take GBs
+                    return image.reduce(factor), self.texts[j]
                 except UserError as e:
                     self.unreadable.add(j)
                     print(f'skipped: {e}', file=sys.stderr)
@@ -326,7 +327,7 @@ class CaptionedImages:
 
 def find_images(path, image_dir=''):
     """{image name: [(prompt, answer), ...]} of a caption file or a folder, for the images that exist, and the
-    folder where they are. Reports what was found and what is left out."""
+    folder they are in. Reports what was found and what was left out."""
     path = os.path.expanduser(path)
     texts = defaultdict(list)
     unused = []
@@ -339,13 +340,14 @@ def find_images(path, image_dir=''):
             except (ValueError, TypeError, AttributeError) as e:
                 unused.append(f'{label}: {e}')
     except UnicodeDecodeError as e:
-        raise UserError(f'{path} is not UTF-8; in Excel, save it as "CSV UTF-8"') from e
+        wanted = 'csv, tsv, txt, jsonl or json; in Excel, save it as "CSV UTF-8"'
+        raise UserError(f'{path} is not text in UTF-8: expected {wanted}') from e
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f'{path} cannot be used as a data set: {type(e).__name__}: {str(e)[:300]}') from e
     check(n, f'{path} has no rows')
-    check(texts, f'{path}: none of {n} rows can be used, the first is {"".join(unused[:1])}')
+    check(texts, f'{path}: none of its {n} rows can be used, the first because: {"".join(unused[:1])}')
     if unused:
-        print(f'{path}: {len(unused)} of {n} rows are skipped, the first is {unused[0]}', file=sys.stderr)
+        print(f'{path}: {len(unused)} of {n} rows are skipped; the first: {unused[0]}', file=sys.stderr)
     beside = path if os.path.isdir(path) else os.path.dirname(path)
     folder = os.path.expanduser(image_dir) or beside or '.'
     for place in (folder, f'{folder}/images', f'{folder}/Images'):
@@ -354,7 +356,7 @@ def find_images(path, image_dir=''):
         for name in texts:
             file = name
             if not os.path.isfile(os.path.join(place, name)):
-                file = name.replace('\\', '/')  # it may come from Windows
+                file = name.replace('\\', '/')  # a path written on Windows
             if os.path.isfile(os.path.join(place, file)):
                 found[file] += texts[name]
             else:
@@ -367,7 +369,7 @@ def find_images(path, image_dir=''):
         print(f'{path}: {len(lost)} of {len(texts)} images are missing, e.g. {lost[0]!r}', file=sys.stderr)
     name = [*found][0]
     total = sum(map(len, found.values()))
-    example = str(found[name][0])[:80]
+    example = ' -> '.join(filter(None, found[name][0]))[:80]
     print(f'{path}: {len(found)} images with {total} texts, e.g. {name!r}: {example}')
     return dict(found), place
 
@@ -384,7 +386,7 @@ def is_picture(path):
     return not name.startswith('.') and (kind in Image.OPEN or is_unreadable_heic(path))
 
 def find_pictures(given):
-    """The paths that given stands for: a file, several with commas, a folder or a pattern."""
+    """The paths that the setting image stands for: a file, several with commas, a folder or a pattern."""
     paths = []
     for part in [given] if os.path.exists(os.path.expanduser(given)) else given.split(','):
         part = os.path.expanduser(part.strip())
@@ -408,7 +410,7 @@ def read_pictures(paths, cfg, where, failed):
             failed.append(path)
 
 def contact_sheet(tiles, path, columns, width, lines):
-    """Saves tiles, (Pillow image, [(line of text, color), ...]), as one PNG with room for so many lines."""
+    """Saves tiles, (Pillow image, [(line of text, color), ...]), as one PNG; lines: room under each image."""
     height = width + 29 * lines
     page = Image.new('RGB', (columns * width, height * math.ceil(len(tiles) / columns)), 'white')
     for n, (image, texts) in enumerate(tiles):
@@ -419,7 +421,7 @@ def contact_sheet(tiles, path, columns, width, lines):
     page.save(path, 'png')
 
 def open_table(path, pictures, prompt):
-    """Opens a caption file -> a function that appends a row, and those of pictures that have no row yet."""
+    """Opens a caption file -> a function that appends a row, and the pictures that have no row yet."""
     path = os.path.expanduser(path)
     folder = os.path.dirname(path) or '.'  # train.py looks for pictures from there
     columns = ['image', 'prompt', 'answer'] if prompt else ['image', 'caption']
@@ -430,9 +432,9 @@ def open_table(path, pictures, prompt):
         text = file.read().removeprefix('\ufeff')
         rows = list(csv.reader(io.StringIO(text, newline=''), strict=True))
     except (OSError, csv.Error) as e:
-        raise UserError(f'save={path} cannot be continued ({e})') from e
+        raise UserError(f'save={path} cannot be opened or read ({e})') from e
     valid = not text or rows[:1] == [columns] and text.endswith('\n')
-    check(valid, f'save={path} does not begin with {",".join(columns)}, or its last line is not complete')
+    check(valid, f'save={path} does not begin with {",".join(columns)}, or its last line is incomplete')
     table = csv.writer(file, lineterminator='\n')
     if not text:
         table.writerow(columns)

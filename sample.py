@@ -2,7 +2,7 @@
 Describes pictures and answers questions about them, with a model from train.py or public weights.
 
     python sample.py                                     draws a scene and says what is in it
-    python sample.py --image=cat.jpg                     describes a picture (folder, pattern, a.jpg,b.jpg)
+    python sample.py --image=cat.jpg                     describes a picture (or folder, pattern, a.jpg,b.jpg)
     python sample.py --image=cat.jpg --prompt="what is it?" --choices="a cat,a dog"      which is likelier
     python sample.py --image=cat.jpg --attention=look.png     draws where it looked for each word
     python sample.py --image=photos --save=captions.csv       makes a data set that train.py can read
@@ -18,41 +18,42 @@ from vlm import load_checkpoint, open_image, override
 
 # settings ---------------------------------------------------------------------------------------------
 out_dir = 'out'                  # folder with the ckpt.pt of train.py
-init_from = ''                   # another checkpoint, or public weights: a name, repository or folder
-image = ''                       # a file, several with commas, a folder or a pattern; '' = draw a scene
+init_from = ''                   # another checkpoint or public weights: name, repository, folder
+image = ''                       # a file, a.jpg,b.jpg, a folder or a pattern; '' = draw a scene
 prompt = ''                      # a question; '' = describe the picture
 choices = ''                     # comma-separated answers to rank; '' = generate one
 save = ''                        # a .csv file for the answers; pictures already in it are skipped
 attention = ''                   # a PNG file to draw: where the model looked for each word
-batch_size = 16                  # pictures that are answered together
+batch_size = 16                  # pictures processed together
 num_samples = 1                  # answers per picture; use with temperature > 0
 max_new_tokens = 100             # maximum length of an answer, in tokens
 temperature = 0.0                # 0 = always the most likely token, 1 = unchanged distribution
 top_k = 0                        # sample from the k most likely tokens; 0 = from all
-top_p = 0.9                      # sample from the most likely tokens with this total probability; 1 = all
+top_p = 0.9                      # sample from the top tokens with this total probability; 1 = all
 seed = time.time_ns() % 2**31    # for sampling; random by default
 device = 'auto'                  # 'auto', 'cpu', 'mps', 'cuda', 'cuda:1', ...
 dtype = 'auto'                   # 'auto', 'float32', 'bfloat16' or 'float16'
-compile = False                  # torch.compile: for GPUs, after a minute or three; slower on a CPU
+compile = False                  # torch.compile: faster on a GPU after 1-3 minutes; slower on a CPU
 
 # the model --------------------------------------------------------------------------------------------
 def report(message):
     print(f'sample.py: {message}', file=sys.stderr)
 
 def load_model(where):
-    """From init_from or out_dir; where there is neither, the public nanoVLM-222M talks about a picture."""
+    """From init_from or out_dir. If neither exists and a picture is given: the public nanoVLM-222M."""
     path = os.path.expanduser(init_from or f'{out_dir}/ckpt.pt')
-    name = init_from
     if image and not init_from and not os.path.exists(path):
         report(f'no {path}: using the public nanoVLM-222M (888 MB, downloaded once to {torch.hub.get_dir()})')
-        name = path = 'nanovlm-222m'
+        path = 'nanovlm-222m'
     if path.endswith('.pt'):
         model, tok, extra = load_checkpoint(path, where)
-        if image and not image.endswith('drawn.png') and extra.get('settings', {}).get('dataset') == 'shapes':
-            report('this model only knows drawn shapes; for photos: '
-                   f'python sample.py --init_from=nanovlm-222m --image="{image}"')
+        usual_prompt = prompt in ('', prompt.lower().rstrip('?') + '?')
+        usual_image = not image or image.endswith('drawn.png')
+        if not (usual_prompt and usual_image) and extra.get('settings', {}).get('dataset') == 'shapes':
+            report('this model only knows drawn shapes, and questions in lower case with a ? at the end; for '
+                   f'photos: python sample.py --init_from=nanovlm-222m --image="{image}"')
         return model, tok
-    model = MinimalVLM.from_pretrained(name).to(where)
+    model = MinimalVLM.from_pretrained(path).to(where)
     return model, Tokenizer.make(path if os.path.exists(f'{path}/tokenizer.json') else model.cfg.tokenizer)
 
 # answers ----------------------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ def answer_in_batches(model, tok, paths, ids, options, failed):
 
 def draw_attention(model, tok, pixels, ids, said, picture, path):
     """Saves the picture, then a copy for each word, red where the model looked (mean of layers and heads)."""
-    check(model.cfg.projection != 'perceiver', 'attention: tokens of a Perceiver have no place')
+    check(model.cfg.projection != 'perceiver', 'attention: Perceiver tokens have no place in the image')
     layers = [block.attn for block in model.decoder.transformer.blocks]
     for attn in layers:
         attn.keep_map = True
@@ -110,7 +111,7 @@ def draw_attention(model, tok, pixels, ids, said, picture, path):
     tiles = [(picture, [])]
     for i, j in itertools.pairwise([*starts, len(said)]):  # a word may be several tokens
         word = tok.decode(said[i:j]).strip(' ,.')
-        if word not in 'a an and at in is of on the to with'.split():  # these hardly look
+        if word not in 'a an and at in is of on the to with'.split():  # function words: diffuse
             looked = rows[i:j].sum(dim=0)
             looked = (looked - looked.min()) / (looked.max() - looked.min()).clamp(min=1e-9)
             mask = TF.to_pil_image(0.75 * looked).resize(picture.size)
@@ -125,8 +126,8 @@ def main(argv=None):
         check(globals()[name] > 0, f'{name} must be at least 1')
     check(num_samples == 1 or temperature > 0, 'at temperature=0 all samples are the same')
     texts = [text.strip() for text in choices.split(',') if text.strip()]
-    check(texts or not choices, f'choices={choices} must be answers with commas between them')
-    check(not texts or not (attention or save), 'choices excludes attention and save')
+    check(texts or not choices, f'choices={choices} must be comma-separated answers')
+    check(not texts or not (attention or save), 'choices cannot be combined with attention or save')
     check(image or not save, 'save needs an image')
     where, precision = find_device(device, dtype)
     torch.manual_seed(seed)
@@ -169,10 +170,10 @@ def main(argv=None):
     sys.exit(len(failed) > 0)
 
 if __name__ == '__main__':
-    sys.stdout.reconfigure(errors='replace')  # for file names and answers that a terminal cannot show
+    sys.stdout.reconfigure(errors='replace')  # for names and answers a terminal cannot show
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C stops at once, without a traceback
     if hasattr(signal, 'SIGPIPE'):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends quietly in front of `| head`
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # exit quietly when piped into `head`
     try:
         main()
     except UserError as e:

@@ -1,5 +1,5 @@
 """
-Trains the model in vlm.py on a CPU, a GPU, an Apple chip, or on several GPUs with torchrun.
+Trains the model in vlm.py on a CPU, a GPU or an Apple chip, or on several GPUs with torchrun.
 
     python train.py                                    from scratch on drawn scenes: minutes on a laptop
     python train.py --init_from=resume                 continues a stopped run, with its settings
@@ -9,7 +9,7 @@ Trains the model in vlm.py on a CPU, a GPU, an Apple chip, or on several GPUs wi
 import atexit, datetime, math, os, random, re, shlex, shutil, signal, sys, textwrap, time
 from collections import Counter, defaultdict
 from dataclasses import replace
-# before importing torch: oneDNN caches a kernel for every shape, and its default limit costs gigabytes
+# oneDNN caches a kernel for every shape it meets; with its default limit the cache costs gigabytes
 os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '256')
 import torch, torch.distributed as dist
 from torchvision.transforms import v2 as transforms
@@ -19,48 +19,48 @@ from vlm import encode_prompt, image_transform, load_checkpoint, override, read_
 
 # settings ---------------------------------------------------------------------------------------------
 out_dir = 'out'                  # folder for ckpt.pt, log.csv and samples.png
-init_from = 'scratch'            # 'scratch', 'resume', a .pt file, 'pretrained' or e.g. siglip-b-16,gpt2
+init_from = 'scratch'            # 'scratch', 'resume', a .pt, 'pretrained' or e.g. siglip-b-16,gpt2
 eval_interval = 1000             # steps between evaluations; each also saves a checkpoint
 log_interval = 50                # steps between log lines
 eval_iters = 20                  # held-out batches for the validation loss
-eval_samples = 200               # held-out items to answer, more at the end of shapes; 0 = none
-eval_only = False                # with init_from=resume: evaluate and stop
+eval_samples = 200               # held-out items to answer; on shapes, 15x at the end; 0 = none
+eval_only = False                # with init_from=resume: evaluate, then exit
 overwrite = False                # allow replacing the checkpoint and the log in out_dir
-dataset = 'shapes'               # 'shapes', a caption file (.csv .tsv .txt .jsonl .json) or a folder
-val_dataset = ''                 # the same for validation; '' = a fixed 5 % of the images of dataset
-image_dir = ''                   # where all images are; '' = beside the caption file, or in its images/
+dataset = 'shapes'               # 'shapes', a caption file (.csv .tsv .txt .jsonl .json) or folder
+val_dataset = ''                 # likewise, for validation; '' = hold out 5% of dataset's images
+image_dir = ''                   # folder of the images; '' = the caption file's, or images/ in it
 blind = False                    # train on black images: a baseline that cannot see
-augment = False                  # random flips, crops and colors; not if texts say left or right
+augment = False                  # random flips, crops, colors; not if texts say left or right
 num_workers = -1                 # data loading processes; 0 = none, -1 = automatic
-batch_size = 16                  # images per forward pass, summed over processes
-texts_per_image = 10             # maximum number of texts trained on with each image
+batch_size = 16                  # images per forward pass, over all processes
+texts_per_image = 10             # at most this many texts per image in a batch, chosen at random
 gradient_accumulation_steps = 1  # forward passes per optimizer step
 preset = 'tiny'                  # 'tiny', 'small', 'base' or 'nanovlm': see PRESETS in vlm.py
-tokenizer = ''                   # 'bytes', 'bpe' (learned), a folder or repository; '' = the preset's
+tokenizer = ''                   # 'bytes', 'bpe' (learned), a folder or repository; '' = preset's
 vocab_size = 0                   # maximum vocabulary size for 'bpe', from 257; 0 = the preset's
 image_size = 0                   # pixels per side; 0 = the preset's
 block_size = 0                   # tokens per sequence, the image's included; 0 = the preset's
 projection = ''                  # 'linear', 'mlp', 'pixel_shuffle', 'perceiver'; '' = the preset's
 dropout = -1.0                   # from 0 to below 1; -1 = the preset's
-optimizer = 'muon'               # 'muon' (hidden matrices; AdamW for the rest) or 'adamw'
-learning_rate = 2.5e-3           # AdamW's
-muon_lr = 0.015                  # Muon's
-max_iters = 1700                 # steps
-weight_decay = 0.4               # for the matrices inside the model only, not embeddings
-grad_clip = 1.0                  # maximum norm of the gradient; 0 = no clipping
-freeze = ''                      # parts to keep fixed, e.g. vision,decoder
+optimizer = 'muon'               # 'muon' (for hidden matrices; AdamW for the rest) or 'adamw'
+learning_rate = 2.5e-3           # peak, AdamW
+muon_lr = 0.015                  # peak, Muon
+max_iters = 1700                 # optimizer steps
+weight_decay = 0.4               # on the model's inner matrices only, not on embeddings
+grad_clip = 1.0                  # maximum gradient norm; 0 = no clipping
+freeze = ''                      # parts to freeze, e.g. vision,decoder
 lr_scale = ''                    # learning rate factors, e.g. vision=0.1,decoder=0.1
 warmup_iters = 50                # linear warmup steps
-min_lr = 0.0                     # final rate at max_iters, as a fraction of the peak
+min_lr = 0.0                     # at max_iters, as a fraction of the peak (in nanoGPT: absolute)
 device = 'auto'                  # 'auto', 'cpu', 'mps', 'cuda', 'cuda:1', ...
-dtype = 'auto'                   # 'auto', 'float32', 'bfloat16' or 'float16' (with a gradient scaler)
+dtype = 'auto'                   # 'auto', 'float32', 'bfloat16', 'float16' (with loss scaling)
 grad_checkpointing = False       # recompute activations in backward: less memory, slower
-compile = False                  # torch.compile: faster on a GPU, after a minute; no gain on a CPU
+compile = False                  # torch.compile: faster on a GPU after a minute; no gain on a CPU
 seed = 1337                      # for initialization, data order and scenes
 
 # device -----------------------------------------------------------------------------------------------
 def find_device(device, dtype):
-    """The settings device and dtype, resolved -> torch.device, name of the dtype"""
+    """Resolves the settings device and dtype -> torch.device, name of the dtype"""
     found = torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')
     try:
         where = torch.device(device.replace('auto', str(found)))
@@ -74,8 +74,8 @@ def find_device(device, dtype):
         if where.type == 'cuda':
             dtype = 'bfloat16' if torch.cuda.is_bf16_supported(False) else 'float16'
         elif where.type == 'cpu' and torch.cpu.get_capabilities().get('avx512_bf16'):
-            dtype = 'bfloat16'  # twice as fast where the processor has it, slow elsewhere
-    check(dtype in ('float32', 'bfloat16', 'float16'), f'dtype={dtype} is not known')
+            dtype = 'bfloat16'  # twice as fast on CPUs that support it, slow on others
+    check(dtype in ('float32', 'bfloat16', 'float16'), f'dtype={dtype}: unknown; see --help')
     return where, dtype
 
 def check_compiler():
@@ -84,20 +84,20 @@ def check_compiler():
 
 # data sets and batches --------------------------------------------------------------------------------
 def make_datasets():
-    """The data sets for training and for validation: val_dataset, or the same 5 % of the images each time."""
+    """The training and validation sets. Held out: val_dataset, or the same 5% of the images every time."""
     if dataset == 'shapes':
         check(not val_dataset, 'val_dataset is for photos: name them with --dataset')
         return Shapes('train', seed), Shapes('val', seed)
     texts, folder = find_images(dataset, image_dir)
     if val_dataset:
         return CaptionedImages(texts, folder), CaptionedImages(*find_images(val_dataset, image_dir))
-    check(len(texts) > 1, f'dataset={dataset}: needs at least two images, one of them held out')
+    check(len(texts) > 1, f'dataset={dataset}: needs at least two images, as one is held out')
     held_out = random.Random(1337).sample(sorted(texts), math.ceil(len(texts) / 20))
     val_texts = {name: texts.pop(name) for name in held_out}
     return CaptionedImages(texts, folder), CaptionedImages(val_texts, folder)
 
 def make_transform(cfg, augment=False):
-    """image_transform, with random changes first if augment; all black if blind."""
+    """image_transform, after random changes if augment; all black if blind."""
     steps = [image_transform(cfg)]
     if augment:
         crop = transforms.RandomResizedCrop((cfg.image_size, cfg.image_size), scale=(0.7, 1.0))
@@ -108,12 +108,12 @@ def make_transform(cfg, augment=False):
     return transforms.Compose(steps)
 
 class Batches(torch.utils.data.Dataset):
-    """Batch n depends only on seed and n, so a resumed run sees the same batches. With several processes,
-    each builds its share."""
+    """Batch n depends only on seed, n and the number of processes, so a resumed run sees the same batches.
+    Each process builds its own share of a batch."""
     def __init__(self, data, cfg, tokenizer, rank=0, world=1, augment=False):
         self.data, self.cfg, self.tokenizer = data, cfg, tokenizer
         self.share = slice(rank, None, world)
-        self.settings = (seed, batch_size, texts_per_image)  # a spawned worker imports the defaults
+        self.settings = (seed, batch_size, texts_per_image)  # a spawned worker sees only defaults
         self.transform = make_transform(cfg, augment)
 
     def __getitem__(self, n):
@@ -129,37 +129,35 @@ class Batches(torch.utils.data.Dataset):
         return collate(items, self.cfg, self.tokenizer, self.transform)
 
 def ignore_signals(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process shuts its workers down
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 def load(batches, numbers, device):
     """Yields the batches with these numbers, on the device."""
     workers = num_workers
-    if workers < 0:  # on a CPU, drawing is quick next to a step
+    if workers < 0:  # on a CPU, drawing a scene takes little time next to a training step
         workers = min(8, os.cpu_count())
         if dataset == 'shapes' and device.type == 'cpu':
             workers = 0
-    if workers and os.path.isdir('/dev/shm'):  # batches arrive through it, up to three from each worker
+    if workers and os.path.isdir('/dev/shm'):  # holds up to three batches from each worker
         needed = 3 * workers * batch_size * 3 * batches.cfg.image_size**2
         free = shutil.disk_usage('/dev/shm').free
-        check(free > needed, f'{workers} workers need {needed >> 20} MB in /dev/shm, {free >> 20} are free: '
-                             'try docker run --shm-size=1g, or --num_workers=0')
+        check(free > needed, f'{workers} workers need {needed >> 20} MB in /dev/shm, only {free >> 20} are '
+                             'free: try docker run --shm-size=1g, or --num_workers=0')
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=numbers, num_workers=workers,
         worker_init_fn=ignore_signals, pin_memory=device.type == 'cuda'))
-    if workers:  # they ignore the signal with which Python ends them at exit: it would wait forever
+    if workers:  # they ignore SIGTERM, so at exit Python would wait for them forever
         atexit.register(loader._shutdown_workers)
     try:
         for batch in loader:
             yield [None if x is None else x.to(device, non_blocking=True) for x in batch]
-    except RuntimeError as e:
-        died = 'exited unexpectedly' in str(e)
-        check(not died, 'a data loading process died, perhaps for want of memory: try --num_workers=0')
-        raise
+    except UserError as e:  # a worker's comes with its traceback
+        raise UserError(str(e).split('UserError: ')[-1].strip()) from e
 
 def report_cut_texts(groups, cfg, tokenizer):
-    """Says how many (prompt, answer) texts are longer than the model's block allows, and how many groups, the
-    texts of an image, do not fit together."""
+    """Reports how many (prompt, answer) texts are too long for block_size or, if none is, how many groups,
+    the texts of one image, are too long together."""
     room = cfg.block_size - cfg.n_visual
     endless = replace(cfg, block_size=10**9)
     cut = needed = crowded = needed_together = 0
@@ -167,7 +165,7 @@ def report_cut_texts(groups, cfg, tokenizer):
         lengths = []
         for prompt, answer in texts:
             asked = len(encode_prompt(tokenizer, endless, prompt))
-            length = asked + len(encode_answer(tokenizer, cfg, answer)) - 1  # the last token is no input
+            length = asked + len(encode_answer(tokenizer, cfg, answer)) - 1  # the last isn't fed in
             lengths.append(length)
             if length > room or asked > room // 2:
                 cut += 1
@@ -179,14 +177,14 @@ def report_cut_texts(groups, cfg, tokenizer):
     if cut:
         total = sum(map(len, groups))
         print(f'{cut} of {total} texts are too long and will be cut: --block_size={needed} makes room')
-    elif crowded:
-        print(f'{crowded} of {len(groups)} images have more texts than fit at once, so a random one is cut: '
+    elif crowded and dataset != 'shapes':  # its texts are many and short: a random choice will do
+        print(f'{crowded} of {len(groups)} images have more texts than fit in a sequence; the last are cut: '
               f'--block_size={needed_together} makes room, or fewer --texts_per_image')
 
 # optimizers -------------------------------------------------------------------------------------------
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step for each matrix is made orthogonal (Keller Jordan 2024). A convolution counts as a
-    matrix (out, all else). The parameters of a group have one shape and are orthogonalized together."""
+    """Momentum with each update made orthogonal (Keller Jordan 2024). A convolution counts as one matrix,
+    (out, all the rest). All parameters of a group have the same shape and are orthogonalized together."""
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -220,10 +218,11 @@ def make_optimizers(model):
     frozen = re.findall(r'\w+', freeze)
     check(set(frozen) < set(parts), f'freeze={freeze}: expected one or two of {", ".join(parts)}')
     scales = dict(re.findall(r'(\w+)=(\d*\.?\d+(?:e-?\d+)?)', lr_scale))
-    understood = ','.join(map('='.join, scales.items())) == lr_scale  # findall skips what does not match
+    found = ','.join(map('='.join, scales.items()))
+    understood = found == lr_scale.replace(' ', '')  # findall skips mismatches
     check(understood and set(scales) <= set(parts), f'lr_scale={lr_scale}: expected e.g. vision=0.1')
     check(optimizer in ('muon', 'adamw'), f'optimizer={optimizer} must be muon or adamw')
-    groups = defaultdict(list)  # parameters by Muon's shape (None: AdamW), rate factor, weight decay
+    groups = defaultdict(list)  # by matrix shape (None: for AdamW), rate factor, has weight decay
     for name, p in model.named_parameters():
         part = name.split('.')[0]
         p.requires_grad_(part not in frozen)
@@ -265,13 +264,15 @@ def exact_answers(model, tok, items, title):
     where = model.decoder.embedding.weight.device
     asked = Counter()  # by kind of text
     exact = Counter()
-    for i in range(0, len(items), 4 * batch_size):  # without gradients there is room for more
+    for i in range(0, len(items), 4 * batch_size):  # no gradients, so larger batches fit
         batch = items[i : i + 4 * batch_size]
         images, ids, targets, _ = collate(batch, model.cfg, tok, make_transform(model.cfg))
         logits, _ = model(images.to(where), ids.to(where), targets.to(where))
         likeliest = targets.clone()
         likeliest[targets != -100] = logits.argmax(dim=-1).cpu()  # logits of scored positions only
-        for (_, [(prompt, _)]), is_right in zip(batch, (likeliest == targets).all(dim=1).tolist()):
+        is_whole = (targets == tok.end).any(dim=1)  # not cut to fit
+        right = (likeliest == targets).all(dim=1) & is_whole
+        for (_, [(prompt, _)]), is_right in zip(batch, right.tolist()):
             kind = ' '.join(prompt.split()[:2]) or 'caption'
             asked[kind] += 1
             exact[kind] += is_right
@@ -288,10 +289,10 @@ def draw_samples(model, tok, items, path):
     for image, [(prompt, truth)] in items:
         pixels = make_transform(model.cfg)(image)[None].to(where)
         ids = torch.tensor([encode_prompt(tok, model.cfg, prompt)], device=where)
-        row = model.generate(pixels, ids, 150, temperature=0, stop=tok.end)[0]  # more would not fit
+        row = model.generate(pixels, ids, 150, temperature=0, stop=tok.end)[0]  # a tile holds less
         said = tok.decode(row[ids.size(1) :].tolist()).strip()
         color = 'green' if said == truth.strip() else 'firebrick'
-        lines = [(line, 'black') for line in textwrap.wrap(prompt, 25)]
+        lines = [(line, 'black') for line in textwrap.wrap(prompt, 25)[:4]]
         lines += [(line, color) for line in textwrap.wrap(said, 25)]
         tiles.append((image, lines[:6]))
     contact_sheet(tiles, path, columns=3, width=320, lines=6)
@@ -310,7 +311,7 @@ def evaluate(model, batches, step, last, device):
     own, swapped, share = own / count, swapped / count, math.nan
     gain = f'with images swapped {swapped:.4f}, image gain {swapped - own:.4f}'
     if len(images) == 1:
-        gain = 'image gain unknown: it needs two images in a batch'
+        gain = 'image gain unknown: it takes two images per batch'
     print(f'step {step}: held-out loss {own:.4f}, {gain}')
     if eval_samples and last and dataset == 'shapes':
         n = 5 * eval_samples
@@ -320,30 +321,31 @@ def evaluate(model, batches, step, last, device):
         share = exact_answers(model, tok, choose_items(data, n, 'question'), 'questions')
     elif eval_samples:
         share = exact_answers(model, tok, choose_items(data, eval_samples), 'held-out items')
-    pictures = Shapes('val', seed, pixels=624) if dataset == 'shapes' else data  # the same scenes, sharper
+    pictures = Shapes('val', seed, pixels=624) if dataset == 'shapes' else data  # same, sharper
     draw_samples(model, tok, choose_items(pictures, 6), os.path.expanduser(f'{out_dir}/samples.png'))
     return own, swapped, share
 
 # the run ----------------------------------------------------------------------------------------------
 def make_model(texts):
-    """The model and the tokenizer of a new run, from the settings; texts: for a tokenizer to learn from."""
+    """The model and tokenizer of a new run, from the settings. texts: what a new BPE is learned from."""
     if init_from.endswith('.pt'):
         changed = tokenizer or vocab_size or image_size or block_size or projection or dropout >= 0
         changed = changed or preset != 'tiny'  # the default
-        check(not changed, f'{init_from} fixes preset, tokenizer, sizes, projection and dropout: set none')
+        check(not changed, f'{init_from} fixes preset, tokenizer, sizes, projection, dropout: leave them out')
         return load_checkpoint(os.path.expanduser(init_from))[:2]
     names = init_from
     if init_from == 'pretrained':
+        check(preset in ('base', 'nanovlm'), 'init_from=pretrained needs --preset=base or nanovlm')
         names = {'nanovlm': 'siglip-b-16,smollm2-135m'}.get(preset, 'siglip-b-16,gpt2')
     published = {}
     for name in [name for name in names.split(',') if name != 'scratch']:
         config = read_config(name.strip())
         if 'text' in config and os.path.isfile(os.path.expanduser(f'{name.strip()}/tokenizer.json')):
-            config['tokenizer'] = name.strip()  # nanoVLM's names a repository
+            config['tokenizer'] = name.strip()  # nanoVLM's config.json names a repository instead
         published |= config
     cfg = vars(PRESETS[preset]) | published
     tok = Tokenizer.make(tokenizer or cfg['tokenizer'], texts, vocab_size or cfg['vocab_size'])
-    if 'text' not in published:  # else the published decoder fixes it
+    if 'text' not in published:  # a published decoder fixes its vocab_size
         cfg['vocab_size'] = tok.vocab_size
     check(tok.vocab_size <= cfg['vocab_size'], f'tokenizer={tok.name} has more tokens than the model')
     chosen = dict(image_size=image_size, block_size=block_size, projection=projection)
@@ -361,7 +363,7 @@ def main(argv=None):
     settings = override(globals(), argv)
     check(preset in PRESETS, f'preset={preset} must be one of {", ".join(PRESETS)}')
     positive = 'eval_interval log_interval eval_iters batch_size texts_per_image gradient_accumulation_steps'
-    least = dict.fromkeys(positive.split(), 1) | dict(eval_samples=0, warmup_iters=0)
+    least = dict.fromkeys(positive.split(), 1) | dict(eval_samples=0, warmup_iters=0, grad_clip=0)
     for name in least:
         check(settings[name] >= least[name], f'{name}={settings[name]} must be at least {least[name]}')
     check(not eval_only or init_from == 'resume', 'eval_only needs init_from=resume')
@@ -373,7 +375,7 @@ def main(argv=None):
     if init_from == 'resume':
         model, tok, checkpoint = load_checkpoint(path)
         step = checkpoint['step']
-        for name, value in checkpoint['settings'].items():  # those that exist, and have not changed type
+        for name, value in checkpoint['settings'].items():  # those that still exist, same type
             if name != 'out_dir' and type(value) is type(settings.get(name)):
                 globals()[name] = value
         fixed = 'preset tokenizer vocab_size image_size block_size projection dropout'
@@ -384,6 +386,11 @@ def main(argv=None):
     elif os.path.exists(path):
         check(overwrite, f'{path} exists: --init_from=resume continues, --overwrite replaces it')
 
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as e:
+        raise UserError(f'out_dir={out_dir} cannot be created ({e})') from e
+
     # 3. device, precision and processes
     where, dtype = find_device(device, dtype)
     rank = int(os.environ.get('RANK', 0))
@@ -392,7 +399,7 @@ def main(argv=None):
         sys.stdout = open(os.devnull, 'w')
     if world > 1:
         dist.init_process_group(timeout=datetime.timedelta(hours=2))  # rank 0 evaluates alone
-        atexit.register(dist.destroy_process_group)  # else its threads may abort the process at exit
+        atexit.register(dist.destroy_process_group)  # or its threads may abort the process at exit
     precision = torch.autocast(where.type, getattr(torch, dtype), enabled=dtype != 'float32')
     scaler = torch.amp.GradScaler(where.type, enabled=dtype == 'float16')
     torch.set_float32_matmul_precision('high')
@@ -401,13 +408,12 @@ def main(argv=None):
     # 4. data and model
     train_set, val_set = make_datasets()
     in_batch = min(batch_size, train_set.n_images)
-    check(in_batch >= world, f'{in_batch} images a batch: each of {world} processes needs one')
+    check(in_batch >= world, f'{in_batch} images per batch: each of the {world} processes needs one')
+    groups = train_set.texts if dataset != 'shapes' else [train_set[i][1] for i in range(400)]
     if init_from != 'resume':
-        texts = train_set.texts if dataset != 'shapes' else [train_set[i][1] for i in range(400)]
-        model, tok = make_model([' '.join(text) for group in texts for text in group])
-    if dataset != 'shapes':
-        report_cut_texts(train_set.texts[:5000], model.cfg, tok)  # more would take minutes
-    train_set.size = val_set.size = int(1.4 * model.cfg.image_size)  # more than image_size: augment crops
+        model, tok = make_model([' '.join(text) for group in groups for text in group])
+    report_cut_texts(groups[:5000], model.cfg, tok)  # more would take minutes
+    train_set.size = val_set.size = int(1.4 * model.cfg.image_size)  # > image_size: augment crops
     model.to(where, memory_format=torch.channels_last)  # convolutions are faster in this format
     for module in model.modules():
         module.grad_checkpointing = grad_checkpointing
@@ -430,14 +436,13 @@ def main(argv=None):
     stream = load(batches, range(step * gradient_accumulation_steps, 10**9), where)  # endless
 
     # 6. the log; a signal stops the run after its step
-    os.makedirs(folder, exist_ok=True)
     log = open(f'{folder}/log.csv' if rank == 0 else os.devnull, 'a' if step else 'w', buffering=1)
     if step == 0:
         print('step,seconds,loss,val_loss,val_loss_swapped,exact', file=log)
     stopped = []
     def stop(number, frame):
         stopped.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+        signal.signal(number, signal.SIG_DFL)  # a second one kills the process at once
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     size = sum(p.numel() for p in model.parameters()) / 1e6
@@ -472,7 +477,7 @@ def main(argv=None):
 
         # 8. gradients, averaged over the batches of a step
         step_batches = [next(stream) for _ in range(gradient_accumulation_steps)]
-        torch.manual_seed((seed + step) * world + rank)  # dropout, the same after a resume
+        torch.manual_seed((seed + step) * world + rank)  # for dropout: a resumed run draws the same
         buffers = [buffer.clone() for buffer in model.buffers()]  # batch norm statistics
         model.train()
         for part in re.findall(r'\w+', freeze):
@@ -484,7 +489,7 @@ def main(argv=None):
             scaler.scale(loss).backward()
             losses.append(loss.detach())
 
-        # 9. step; if a gradient is not finite, skip it and restore the batch norm statistics
+        # 9. step; if the gradient is not finite, skip the step and restore the batch norm statistics
         for o in optimizers:
             scaler.unscale_(o)
             for group in o.param_groups:
@@ -498,8 +503,8 @@ def main(argv=None):
             skipped += 1
             for buffer, before in zip(model.buffers(), buffers):
                 buffer.copy_(before)
-            print(f'step {step}: the gradient is not finite, the step is skipped')
-            check(skipped < 20, f'{skipped} steps in a row were skipped: try --dtype=float32 or lower rates')
+            print(f'step {step}: the gradient is not finite, so the step is skipped')
+            check(skipped < 20, f'{skipped} steps in a row were skipped: try --dtype=float32 or a lower rate')
         scaler.update()
         model.zero_grad()
         step += 1
@@ -516,19 +521,26 @@ def main(argv=None):
             losses = []
             since = time.time()
     if halt:
-        print(f'stopped at step {step}: continue with --init_from=resume --out_dir={out_dir}')
+        print(f'stopped at step {step}: continue with --init_from=resume --out_dir={shlex.quote(out_dir)}')
     else:
         command = f'python sample.py --out_dir={shlex.quote(out_dir)}'
         if dataset != 'shapes':
             command += f' --image={shlex.quote(os.path.join(val_set.folder, val_set.names[0]))}'
-        print(f'{step} steps, {time.time() - began:.0f} s. Now: {command}')
+            question = val_set.texts[0][0][0]
+            command += f' --prompt={shlex.quote(question)}' if question else ''
+        print(f'{step} steps, {time.time() - began:.0f} s. Next: {command}')
 
 if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='replace')  # for texts and names a terminal cannot show
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop, Ctrl-C ends the run at once
     try:
         main()
+    except RuntimeError as e:  # of PyTorch's loader, wherever the run is when a worker dies
+        if 'DataLoader worker' not in str(e):
+            raise
+        sys.exit('train.py: a data loading process died, perhaps out of memory: try --num_workers=0')
     except UserError as e:
-        message = str(e).split('UserError: ')[-1]  # without the traceback of a worker process
-        if int(os.environ.get('RANK', 0)) > 0:  # rank 0 says it, unless this process alone has failed
+        if int(os.environ.get('RANK', 0)) > 0:  # rank 0 reports it, unless only this one failed
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which torchrun sends when rank 0 ends
             time.sleep(5)
-        sys.exit(f'train.py: {message.strip()}')
+        sys.exit(f'train.py: {e}')
