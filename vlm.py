@@ -74,10 +74,10 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     n_latents: int = 32          # 'perceiver': the number of visual tokens
     input_norm: bool = False     # normalize what enters the decoder: see LanguageDecoder
     vocab_size: int = 50257
-    block_size: int = 1024       # longest sequence, visual tokens included; 16 or more for text
+    block_size: int = 1024       # longest sequence, visual tokens included; at least 16 for text
     tokenizer: str = 'bpe'       # passed to Tokenizer.make
     prompt_template: str = ' {}' # what the decoder reads; {} stands for the prompt
-    answer_prefix: str = ' '     # as above: to a BPE, 'red' and ' red' are different tokens
+    answer_prefix: str = ' '     # starts the answer; to a BPE 'red' and ' red' are different tokens
     caption_prompt: str = ''     # the prompt that asks for a caption
 
     @property
@@ -148,7 +148,7 @@ def attend(q, k, v, mask=None):
 
 def fused_attention_fails(q):  # too slow (bf16 backward on a CPU) or wrong (old PyTorch on MPS)
     slow_on_cpu = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad
-    return slow_on_cpu or (q.is_mps and torch.__version__ < (2, 13))  # compares numbers, not text
+    return slow_on_cpu or (q.is_mps and torch.__version__ < (2, 13))  # a TorchVersion, not a str
 
 class KVCache:  # the keys (after RoPE) and values (B,G,S,D) that one layer has computed so far
     k = v = None  # until the first update
@@ -235,7 +235,7 @@ class Transformer(nn.Module):  # blocks and a final norm
         self.grad_checkpointing = False  # True: recompute each block in backward, to save memory
     def forward(self, x, context=None, mask=None, rope=None, caches=None):
         for i, block in enumerate(self.blocks):
-            if self.grad_checkpointing and torch.is_grad_enabled():  # in training: no caches
+            if self.grad_checkpointing and torch.is_grad_enabled():  # training uses no caches
                 x = torch.utils.checkpoint.checkpoint(block, x, context, mask, rope, use_reentrant=False)
             else:
                 x = block(x, context, mask, rope, caches[i] if caches else None)
@@ -250,7 +250,7 @@ def conv_stem(C):
         layers += [conv, nn.MaxPool2d(2), nn.BatchNorm2d(c_out), nn.GELU()]
     return nn.Sequential(*layers, nn.Conv2d(C // 2, C, kernel_size=3, padding=1))
 
-class VisionEncoder(nn.Module):  # ViT (arXiv 2010.11929) or SigLIP (2303.15343)
+class VisionEncoder(nn.Module):  # ViT (arXiv 2010.11929), no class token, as in SigLIP (2303.15343)
     def __init__(self, cfg):
         super().__init__()
         C, p = cfg.vision.n_embd, cfg.patch_size
@@ -274,7 +274,7 @@ class ResNetEncoder(nn.Module):  # torchvision's, without pooling and classifier
 
 # 4. Projection: from vision features to visual tokens of the decoder's width --------------------------
 def pixel_shuffle(x, f):
-    """Space to depth: f x f neighbours become one wide cell. L = grid^2. (B,L,C) -> (B,L/f^2,f*f*C)"""
+    """Space to depth: f x f neighbors become one wide cell. L = grid^2. (B,L,C) -> (B,L/f^2,f*f*C)"""
     B, L, C = x.shape
     g = math.isqrt(L) // f  # wide cells per side
     x = x.view(B, g, f, g, f, C).transpose(2, 3)  # (B,y,dy,x,dx,C) -> (B,y,x,dy,dx,C)
@@ -290,8 +290,8 @@ class MultimodalProjection(nn.Module):
             self.proj = nn.Sequential(nn.Linear(n_in, n_hidden), nn.GELU(), nn.Linear(n_hidden, n_out))
         else:  # one linear map; as in nanoVLM, pixel_shuffle has no bias
             self.proj = nn.Linear(n_in, n_out, bias=self.kind != 'pixel_shuffle')
-        if self.kind == 'perceiver':  # Flamingo (arXiv 2204.14198): learned queries attend to x
-            self.norm = make_norm(cfg.text)  # for the features; blocks norm the latents only
+        if self.kind == 'perceiver':  # Flamingo's (arXiv 2204.14198), simplified: queries are learned
+            self.norm = make_norm(cfg.text)  # for the features: the blocks' norms see only latents
             self.latents = nn.Parameter(0.02 * torch.randn(cfg.n_latents, n_out))
             self.resampler = Transformer(replace(cfg.text, n_layer=2))  # not causal, no RoPE
     def forward(self, x):
@@ -355,7 +355,7 @@ class MinimalVLM(nn.Module):
             for block in getattr(stack, 'blocks', []):  # only a Transformer has blocks
                 for layer in (block.attn.out, block.mlp.down):  # smaller, since many of them add up
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
-        # in self-attention (not the Perceiver) q and k start equal, so q.k is largest where tokens are alike:
+        # in self-attention (not the Perceiver) q and k start equal, so q.k tends to be large for like tokens:
         # small models learn sooner to ground words in the image (mimetic initialization, arXiv 2305.09828)
         for attn in [*self.vision.modules(), *self.decoder.modules()]:
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
@@ -379,9 +379,9 @@ class MinimalVLM(nn.Module):
         Without targets -> logits (B,T,V), None. Else logits (n_scored,V), loss (nats per token)."""
         x = self.embed(images, ids)  # (B,S,C)
         N = x.size(1) - ids.size(1)
-        pos = torch.arange(x.size(1), device=x.device)  # in the sequence; positions: in each text
+        pos = torch.arange(x.size(1), device=x.device)  # each token's place in the sequence, (S,)
         mask = None
-        if positions is not None:  # every text starts at position N, right after the image
+        if positions is not None:  # packed: every text starts at place N, right after the image
             pos = torch.cat([pos[:N].expand(ids.size(0), -1), N + positions], dim=1)  # (B,S)
             mask = packed_mask(positions, N)
         h = self.decoder(x, pos, mask)[:, N:]  # (B,T,C): visual tokens predict nothing
@@ -396,7 +396,7 @@ class MinimalVLM(nn.Module):
     @torch.inference_mode()
     def stream(self, images, ids, max_new_tokens=50, temperature=1.0, top_p=1.0, top_k=0, stop=-1):
         """Yields the next tokens (B,1). Call eval() first. ids (B,T): prompts of one length. images:
-        (B,3,P,P), (1,3,P,P) for all B, or None. A finished row repeats stop (-1: never) until all finish."""
+        (B,3,P,P), (1,3,P,P) for all B, or None. A row that yields stop (-1: none) repeats it."""
         x = self.embed(images, ids)
         caches = [KVCache() for _ in self.decoder.transformer.blocks]
         pos = torch.arange(x.size(1), device=x.device)
@@ -463,8 +463,8 @@ def read_table(text):
     labels, *columns = zip(*rows)  # each column begins with its header
     return {header: dict(zip(labels[1:], cells)) for header, *cells in columns}
 
-# Published names of our layers, without .weight or .bias (of position_embedding: the full name). #: block
-# number. -: none. .T: stored (in, out), transpose it. [i]: q, k and v are stacked there; ours is chunk i
+# What files call our layers, without .weight or .bias (position_embedding: the full name). # is the block
+# number; - none; .T stored (in, out), to be transposed; [i] chunk i of three (q, k, v in one tensor)
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
 stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
@@ -523,7 +523,7 @@ SUPPORTED = {  # keys of config.json that must have this value or be absent
 BASES = [('gpt2', 'text', GPT2), ('nanovlm-text', 'text', LLAMA),  # column, part, what it starts from
          ('llama', 'text', LLAMA), ('siglip', 'vision', SIGLIP_B), ('nanovlm-vision', 'vision', SIGLIP_B)]
 IMAGE_FIELDS = ('encoder', 'stem', 'image_size', 'patch_size', 'image_mean', 'image_std')
-IMAGE_DEFAULTS = {field: getattr(VLMConfig, field) for field in IMAGE_FIELDS}  # undo a preset's
+IMAGE_DEFAULTS = {field: getattr(VLMConfig, field) for field in IMAGE_FIELDS}  # to reset a preset
 ALIASES = {'siglip-b-16': 'google/siglip-base-patch16-224', 'gpt2': 'openai-community/gpt2',
            'smollm2-135m': 'HuggingFaceTB/SmolLM2-135M', 'nanovlm-222m': 'lusxvr/nanoVLM-222M'}
 
@@ -536,7 +536,7 @@ def fetch(name, file):
     check(known, f'{name} is not a folder, an owner/name repository or one of {list(ALIASES)}')
     url = f'{os.environ.get("HF_ENDPOINT", "https://huggingface.co")}/{repository}/resolve/main/{file}'
     path = os.path.join(torch.hub.get_dir(), 'vlm', repository, file)
-    def show(blocks, size, total):  # at every 5 % of a large file
+    def show(blocks, size, total):  # every 5 % of a large file
         if total > 10**7 and blocks % (total // size // 20) == 0:
             print(f'{url}: {blocks * size / 1e6:.0f} of {total / 1e6:.0f} MB', file=sys.stderr)
     for last in (False, False, True):  # three attempts
@@ -569,7 +569,7 @@ def read_config(name):
     c |= c.get('vision_config') or c.get('rope_parameters') or {}  # SigLIP and Llama nest some keys
     for key, value in SUPPORTED[kind].items():
         check(c.get(key, value) == value, f'{path}: {key}={c.get(key)} must be {value}')
-    config = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)  # text only
+    config = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)  # a decoder
     if kind == 'nanovlm':
         config = vars(PRESETS['nanovlm'])  # its fields, as a dict
     elif kind == 'siglip':
@@ -621,7 +621,7 @@ def load_weights(model, path):
         tensors.setdefault('decoder.token_embedding.weight', head)
     used = set()
     for part, table in [(part, table) for part in NAMES for table in NAMES[part].values()]:
-        if list(table.values())[-1] + '.weight' not in tensors:  # the last row tells
+        if list(table.values())[-1] + '.weight' not in tensors:  # this file has another layout
             continue
         for name, parameter in getattr(model, part).named_parameters():
             theirs, transpose, third = published_name(name, table)
@@ -632,12 +632,12 @@ def load_weights(model, path):
             if third:
                 tensor = tensor.chunk(3)[int(third[0])]
             if name == 'position_embedding':
-                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # of (1,n,C) too
-            check(tensor.shape == parameter.shape, f'{path}: {theirs} does not fit {list(parameter.shape)}')
+                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # also (1,n,C)
+            check(tensor.shape == parameter.shape, f'{path}: {theirs} is not {list(parameter.shape)}')
             parameter.data.copy_(tensor)
             used.add(theirs)
     left = [name for name in tensors if name not in used and not re.fullmatch(UNUSED, name)]
-    check(used and not left, f'{path}: unknown layout, or unexpected tensors: {left[:3]}')
+    check(used and not left, f'{path}: unknown layout; unexpected tensors: {left[:3]}')
     tied = head is None or torch.equal(head.float(), model.decoder.embedding.weight)
     check(tied, f'{path}: its output head differs from its embedding: not supported')
 
@@ -735,9 +735,9 @@ def learn_bpe(texts, vocab_size):
     """BPE (arXiv 1508.07909): repeatedly joins the most frequent pair of adjacent tokens into a new one."""
     pattern = r' ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+'  # roughly PIECES: re has no \p
     pieces = Counter(piece for text in texts for piece in re.findall(pattern, text))
-    # a word is a string with a character per token: chr(id). At first, each of its bytes is a token
+    # a word is a string with one character per token, chr(id); at first, its tokens are its bytes
     words = [(piece.encode('utf-8', 'replace').decode('latin-1'), n) for piece, n in pieces.items()]
-    tokens = {chr(b): b for b in range(256)}  # here, the characters are bytes
+    tokens = {chr(b): b for b in range(256)}  # token -> id; in a token, a character is one byte
     pairs = Counter()  # pair -> count in the corpus
     where = defaultdict(set)  # pair -> indices of the words that contain it, or once did
     def count(text, n, i):  # adds n to each pair in text, a part of word i
@@ -748,7 +748,7 @@ def learn_bpe(texts, vocab_size):
         count(word, n, i)
     while len(tokens) < vocab_size and max(pairs.values(), default=0) > 1:
         highest = max(pairs.values())
-        for best in [pair for pair, n in pairs.items() if n == highest]:  # all ties at once
+        for best in [pair for pair, n in pairs.items() if n == highest]:  # ties; may overshoot
             if pairs[best] < highest:  # an earlier tie's joining reduced it
                 continue
             names = list(tokens)  # id -> token
@@ -756,12 +756,12 @@ def learn_bpe(texts, vocab_size):
             new = chr(tokens.setdefault(joined, len(tokens)))  # it may exist: abc is a + bc, ab + c
             for i in where.pop(best):  # only these words change
                 word, n = words[i]
-                if best in word:  # recount it from first to last place, and a neighbour each
+                if best in word:  # recount from first to last occurrence, plus a token each side
                     part = word[max(0, word.index(best) - 1) : word.rindex(best) + 3]
                     count(part, -n, i)
                     count(part.replace(best, new), n, i)
                     words[i] = (word.replace(best, new), n)
-    return {token: i for token, i in tokens.items() if i < max(256, vocab_size)}  # ties overshoot
+    return {token: i for token, i in tokens.items() if i < max(256, vocab_size)}  # cut the surplus
 
 # 10. Images and batches -------------------------------------------------------------------------------
 def open_image(path, size):
@@ -787,7 +787,7 @@ def to_rgb(image):
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
     return image.convert('RGB')
 
-def image_transform(cfg):  # RGB Pillow image -> uint8 (3,P,P), whatever its aspect ratio
+def image_transform(cfg):  # RGB Pillow image -> uint8 (3,P,P), squashed to a square
     return transforms.Compose([transforms.Resize([cfg.image_size] * 2), transforms.PILToTensor()])
 
 def encode_prompt(tokenizer, cfg, prompt):
@@ -819,7 +819,7 @@ def collate(items, cfg, tokenizer, transform):
             targets = [-100] * (len(prompt_ids) - 1) + text[len(prompt_ids) :]
             row += zip(text[:-1], targets, range(len(targets)))
         rows.append(row[:room])
-    # pad to a multiple of 16: oneDNN compiles a kernel for each length. Padding: one-token texts (position 0)
+    # pad to a multiple of 16: oneDNN compiles a kernel per length. Each pad is its own text (position 0)
     longest = min(room, math.ceil(max(map(len, rows)) / 16) * 16)
     rows = torch.tensor([row + [(0, -100, 0)] * (longest - len(row)) for row in rows])  # (B,T,3)
     ids, targets, positions = rows.unbind(-1)
