@@ -1398,6 +1398,11 @@ def hub(tmp_path, monkeypatch):
             self.end_headers()
             self.wfile.write(data[: len(data) // 2] if cuts and cuts.pop() else data)
 
+        def do_HEAD(self):
+            file = folder / self.path[1:].replace('/resolve/main/', '/')
+            self.send_response(200 if file.is_file() else 404)
+            self.end_headers()
+
         def log_message(self, *arguments):
             pass
 
@@ -1421,6 +1426,19 @@ def test_a_repository_is_downloaded_once(hub):
 
     address = '/owner/nano/resolve/main/'
     assert downloads == [address + 'config.json', address + 'model.safetensors']
+
+def test_weights_in_several_files_are_refused_before_the_other_part_is_downloaded(hub):
+    folder, downloads, _ = hub
+    write_published('siglip', folder / 'owner' / 'siglip')
+    write_published('llama', folder / 'owner' / 'llama')
+    whole = folder / 'owner' / 'llama' / 'model.safetensors'
+    whole.rename(whole.with_name('model-00001-of-00002.safetensors'))
+
+    with pytest.raises(UserError, match='llama/resolve/main/model.safetensors .*404.*not shards') as error:
+        MinimalVLM.from_pretrained('owner/siglip,owner/llama')
+
+    assert_one_line(error)
+    assert {os.path.basename(path) for path in downloads} == {'config.json'}
 
 def test_a_download_that_ends_early_is_repeated(hub, tmp_path):
     folder, downloads, cuts = hub

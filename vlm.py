@@ -22,8 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 
-class UserError(Exception):  # a bad setting or file; the scripts print only its message
-    pass
+class UserError(Exception): ...  # a bad setting or file; the scripts print only its message
 def check(condition, message):
     if not condition:
         raise UserError(message)
@@ -464,7 +463,7 @@ def read_table(text):
     return {header: dict(zip(labels[1:], cells)) for header, *cells in columns}
 
 # What files call our layers, without .weight or .bias (position_embedding: the full name). # is the block
-# number; - none; .T stored (in, out), to be transposed; [i] chunk i of three (q, k, v in one tensor)
+# number; - none; .T weight stored (in, out), to be transposed; [i] third i (q, k, v in one tensor and bias)
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
 stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
@@ -527,8 +526,8 @@ IMAGE_DEFAULTS = {field: getattr(VLMConfig, field) for field in IMAGE_FIELDS}  #
 ALIASES = {'siglip-b-16': 'google/siglip-base-patch16-224', 'gpt2': 'openai-community/gpt2',
            'smollm2-135m': 'HuggingFaceTB/SmolLM2-135M', 'nanovlm-222m': 'lusxvr/nanoVLM-222M'}
 
-def fetch(name, file):
-    """The path of a file in a local folder, or in a Hugging Face repository: downloaded once and cached."""
+def fetch(name, file, only_check=False):
+    """The path of a file in a folder or a Hugging Face repository: downloaded (unless only_check), cached."""
     if os.path.isdir(os.path.expanduser(name)):
         return os.path.join(os.path.expanduser(name), file)
     repository = ALIASES.get(name, name)
@@ -542,12 +541,15 @@ def fetch(name, file):
     for last in (False, False, True):  # three attempts
         if not os.path.exists(path):
             try:
+                if only_check:
+                    urllib.request.urlopen(urllib.request.Request(url, method='HEAD')).close()
+                    break
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 part, _ = urllib.request.urlretrieve(url, f'{path}.{os.getpid()}', show)
                 os.replace(part, path)
             except (OSError, ValueError) as e:  # ContentTooShortError is an OSError
-                check(not last, f'cannot download {url} ({e}): put the file at {path}, '
-                                'or train your own model: python train.py')
+                check(not last, f'cannot download {url} ({e}): put the file, not '
+                                f'shards, at {path}, or train your own model: python train.py')
     return path
 
 def read_json(path):
@@ -563,17 +565,15 @@ def read_config(name):
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
         return IMAGE_DEFAULTS | dict(encoder=name, patch_size=32, image_mean=mean, image_std=std)
     path = fetch(name, 'config.json')
+    fetch(name, 'model.safetensors', only_check=True)  # absent if the weights are in several files
     c = read_json(path)
     kind = str(c.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # absent in nanoVLM's
     check(kind in SUPPORTED, f'{path}: model_type={kind} must be one of {", ".join(SUPPORTED)}')
     c |= c.get('vision_config') or c.get('rope_parameters') or {}  # SigLIP and Llama nest some keys
     for key, value in SUPPORTED[kind].items():
         check(c.get(key, value) == value, f'{path}: {key}={c.get(key)} must be {value}')
-    config = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)  # a decoder
-    if kind == 'nanovlm':
-        config = vars(PRESETS['nanovlm'])  # its fields, as a dict
-    elif kind == 'siglip':
-        config = IMAGE_DEFAULTS
+    decoder = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)  # GPT-2's
+    config = {'nanovlm': vars(PRESETS['nanovlm']), 'siglip': IMAGE_DEFAULTS}.get(kind, decoder)
     for column, part, base in BASES:
         if column.startswith(kind):  # nanoVLM has two columns, vision and text
             found = {field: c[key] for field, key in CONFIG_NAMES[column].items() if c.get(key) is not None}
@@ -604,13 +604,12 @@ def read_safetensors(path):
 
 def published_name(name, table):
     """What a file calls our parameter, whether to transpose it, and which third of it is ours ([]: all).
-    For example, transformer.blocks.3.attn.k.weight in GPT-2's column: h.3.attn.c_attn.weight, True, ['1']"""
-    if name in table:  # position_embedding has a row of its own, without weight and bias
-        return table[name], False, []
+    In GPT-2's column, transformer.blocks.3.attn.k.bias is h.3.attn.c_attn.bias, False, ['1']."""
     row, _, suffix = name.removeprefix('transformer.').rpartition('.')  # blocks.3.attn.k, weight
     number = ''.join(re.findall(r'\.(\d+)\.', row))  # '3', or '' outside the blocks
-    cell = table.get(re.sub(r'\.\d+\.', '.#.', row), '-')  # h.#.attn.c_attn.T[1]
-    theirs = re.sub(r'\.T|\[\d\]', '', cell).replace('#', number) + '.' + suffix
+    cell = table.get(re.sub(r'\.\d+\.', '.#.', row), '-') + '.' + suffix  # h.#.attn.c_attn.T[1].weight
+    cell = table.get(name, cell)  # position_embedding has a row of its own, without weight and bias
+    theirs = re.sub(r'\.T|\[\d\]', '', cell).replace('#', number)
     return theirs, '.T' in cell and suffix == 'weight', re.findall(r'\[(\d)\]', cell)
 
 def load_weights(model, path):
@@ -735,33 +734,34 @@ def learn_bpe(texts, vocab_size):
     """BPE (arXiv 1508.07909): repeatedly joins the most frequent pair of adjacent tokens into a new one."""
     pattern = r' ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+'  # roughly PIECES: re has no \p
     pieces = Counter(piece for text in texts for piece in re.findall(pattern, text))
-    # a word is a string with one character per token, chr(id); at first, its tokens are its bytes
-    words = [(piece.encode('utf-8', 'replace').decode('latin-1'), n) for piece, n in pieces.items()]
-    tokens = {chr(b): b for b in range(256)}  # token -> id; in a token, a character is one byte
-    pairs = Counter()  # pair -> count in the corpus
-    where = defaultdict(set)  # pair -> indices of the words that contain it, or once did
-    def count(text, n, i):  # adds n to each pair in text, a part of word i
-        for pair in map(''.join, zip(text, text[1:])):
+    # (word, count): a word is a list of tokens, at first its bytes, written as latin-1 characters
+    words = [(list(piece.encode('utf-8', 'replace').decode('latin-1')), n) for piece, n in pieces.items()]
+    tokens = {chr(b): b for b in range(256)}  # token -> id
+    pairs = Counter()  # (left, right) -> how often it occurs
+    where = defaultdict(set)  # (left, right) -> indices of the words that contain it, or once did
+    def count(i, part, n):  # adds n for each pair in part, a slice of word i
+        for pair in zip(part, part[1:]):
             pairs[pair] += n
             where[pair].add(i)
+    def join(pair):
+        joined = ''.join(pair)
+        tokens.setdefault(joined, len(tokens))  # it may exist: abc is a + bc or ab + c
+        for i in where.pop(pair):
+            word, n = words[i]
+            for j in range(len(word) - 1):
+                if tuple(word[j : j + 2]) == pair:  # the pairs change from the token before to the one after
+                    before = max(0, j - 1)
+                    count(i, word[before : j + 3], -n)
+                    word[j : j + 2] = [joined]
+                    count(i, word[before : j + 2], n)
     for i, (word, n) in enumerate(words):
-        count(word, n, i)
+        count(i, word, n)
     while len(tokens) < vocab_size and max(pairs.values(), default=0) > 1:
         highest = max(pairs.values())
-        for best in [pair for pair, n in pairs.items() if n == highest]:  # ties; may overshoot
-            if pairs[best] < highest:  # an earlier tie's joining reduced it
-                continue
-            names = list(tokens)  # id -> token
-            joined = ''.join(names[ord(c)] for c in best)
-            new = chr(tokens.setdefault(joined, len(tokens)))  # it may exist: abc is a + bc, ab + c
-            for i in where.pop(best):  # only these words change
-                word, n = words[i]
-                if best in word:  # recount from first to last occurrence, plus a token each side
-                    part = word[max(0, word.index(best) - 1) : word.rindex(best) + 3]
-                    count(part, -n, i)
-                    count(part.replace(best, new), n, i)
-                    words[i] = (word.replace(best, new), n)
-    return {token: i for token, i in tokens.items() if i < max(256, vocab_size)}  # cut the surplus
+        for pair in [pair for pair, n in pairs.items() if n == highest]:  # all ties after one search
+            if pairs[pair] == highest and len(tokens) < vocab_size:  # no earlier tie has broken it up
+                join(pair)
+    return tokens
 
 # 10. Images and batches -------------------------------------------------------------------------------
 def open_image(path, size):
