@@ -96,27 +96,27 @@ def answer_in_batches(model, tok, paths, ids, options, failed):
         report(f'{left} pictures left, {each:.2f} s each: {left * each / 60:.1f} min')
 
 def draw_attention(model, tok, pixels, ids, said, picture, path):
-    """Saves the picture, then a copy for each word, red where the model looked (mean of layers and heads)."""
+    """Saves the picture and, for each word, the visual tokens it attended to more than other words did."""
     check(model.cfg.projection != 'perceiver', 'attention: Perceiver tokens have no place in the image')
     layers = [block.attn for block in model.decoder.transformer.blocks]
     for attn in layers:
         attn.keep_map = True
     model(pixels[None], torch.cat([ids, ids.new_tensor(said)])[None])
-    maps = torch.cat([attn.attn_map for attn in layers]).float().mean(dim=(0, 1)).cpu()
+    maps = torch.cat([attn.attn_map for attn in layers]).float().mean(dim=(0, 1)).cpu()  # layers, heads
     side = math.isqrt(model.cfg.n_visual)
-    # token i was predicted by query i-1
-    rows = maps[-1 - len(said) : -1, : side**2].view(-1, 1, side, side)
+    rows = maps[-1 - len(said) : -1, : side**2]  # token i was predicted by query i - 1
+    rows = rows / rows.sum(dim=1, keepdim=True)
+    rows = (rows - rows.mean(dim=0)).clamp(min=0).view(-1, 1, side, side)
     starts = [i for i, token in enumerate(said) if i == 0 or tok.decode([token]).startswith(' ')]
     picture = open_image(picture, 312).resize((312, 312))
     tiles = [(picture, [])]
     for i, j in itertools.pairwise([*starts, len(said)]):  # a word may be several tokens
         word = tok.decode(said[i:j]).strip(' ,.')
         if word not in 'a an and at in is of on the to with'.split():  # function words: diffuse
-            looked = rows[i:j].sum(dim=0)
-            looked = (looked - looked.min()) / (looked.max() - looked.min()).clamp(min=1e-9)
-            mask = TF.to_pil_image(0.75 * looked).resize(picture.size)
-            red = Image.new('RGB', picture.size, 'orangered')
-            tiles.append((Image.composite(red, picture, mask), [(word, 'black')]))
+            looked = rows[i:j].sum(dim=0) + 1e-9
+            mask = TF.to_pil_image(0.7 * looked / looked.max()).resize(picture.size, Image.NEAREST)
+            orange = Image.new('RGB', picture.size, 'orangered')
+            tiles.append((Image.composite(orange, picture, mask), [(word, 'black')]))
     contact_sheet(tiles, path, columns=5, width=192, lines=1)
 
 # the run ----------------------------------------------------------------------------------------------

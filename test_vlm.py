@@ -1730,6 +1730,19 @@ def test_spaces_between_the_names_of_public_weights_are_skipped(tmp_path):
     assert model.cfg.vocab_size == 300
     assert model.cfg.image_size == 64
 
+def test_resnet_weights_that_cannot_be_downloaded_are_named_in_one_line(tmp_path, monkeypatch):
+    def no_network(*arguments, **options):
+        raise urllib.error.URLError('no network')
+    monkeypatch.setattr(torch.hub, 'urlopen', no_network)
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    monkeypatch.setattr(train, 'init_from', 'resnet18')
+    monkeypatch.setattr(train, 'projection', 'linear')
+
+    with pytest.raises(UserError, match=f'resnet18: .*no network.*{tmp_path}/checkpoints') as error:
+        train.make_model(['a text'])
+
+    assert_one_line(error)
+
 def test_a_resnet_is_refused_by_a_model_with_another_encoder(monkeypatch):
     monkeypatch.setattr(vlm, 'ResNetEncoder', lambda cfg, weights: pytest.fail('it would be loaded'))
 
@@ -4416,7 +4429,7 @@ def cells(image):  # the mean blue of 4 x 4 cells: red has none
     small = image.getchannel('B').resize((4, 4), Image.Resampling.BOX)
     return torch.tensor(list(small.tobytes())).float()
 
-def test_the_picture_of_attention_is_red_where_the_model_looked_for_each_word(trained, talk):
+def test_the_picture_of_attention_is_orange_where_a_word_attends_more_than_others(trained, talk):
     data.Shapes('val', 5)[1][0].save(trained[0] / 'scene.png')
     model, tok, _ = load_checkpoint(str(trained[0] / 'ckpt.pt'))
     layers = [block.attn for block in model.decoder.transformer.blocks]
@@ -4429,14 +4442,17 @@ def test_the_picture_of_attention_is_red_where_the_model_looked_for_each_word(tr
     page = Image.open(trained[0] / 'look.png')
     said = tok.encode(' ' + printed.splitlines()[1])
     pixels = image_transform(model.cfg)(open_image(str(trained[0] / 'scene.png'), 64))[None]
-    words = []
-    for i, token in enumerate(said):
+    maps = []
+    for i in range(len(said)):
         model(pixels, torch.tensor([[tok.end, *said[:i]]]))
         looked = torch.stack([attn.attn_map[0, :, -1, :16].mean(dim=0) for attn in layers]).mean(dim=0)
+        maps.append(looked / looked.sum())
+    words = []
+    for token, looked in zip(said, maps):
         if tok.decode([token]).startswith(' '):
             words.append(['', torch.zeros(16)])
         words[-1][0] += tok.decode([token])
-        words[-1][1] += looked
+        words[-1][1] += F.relu(looked - sum(maps) / len(maps))
     kept = [looked for word, looked in words if word.strip(' ,') not in ('a', 'and', 'at', 'in', 'on', 'the')]
     assert 1 < len(kept) < len(words)
     assert page.size == (5 * 192, 221 * math.ceil((1 + len(kept)) / 5))
@@ -4447,7 +4463,7 @@ def test_the_picture_of_attention_is_red_where_the_model_looked_for_each_word(tr
     scene = cells(Image.open(trained[0] / 'scene.png'))
     assert (tiles[0] - scene).abs().max() < 8  # the picture alone
     for tile, looked in zip(tiles[1:], kept):
-        assert torch.corrcoef(torch.stack([1 - tile / scene, looked]))[0, 1] > 0.9
+        assert torch.corrcoef(torch.stack([1 - tile / scene, looked]))[0, 1] > 0.99
 
 def test_image_is_a_file_a_list_a_folder_or_a_pattern(folder, monkeypatch):
     monkeypatch.chdir(folder)

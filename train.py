@@ -353,9 +353,12 @@ def make_model(texts):
     if dropout >= 0:
         cfg |= {part: replace(cfg[part], dropout=dropout) for part in ('vision', 'text')}
     cfg = VLMConfig(**cfg | dict(tokenizer=tok.name))
-    if published:
+    if not published:
+        return MinimalVLM(cfg), tok
+    try:
         return MinimalVLM.from_pretrained(names, cfg), tok
-    return MinimalVLM(cfg), tok
+    except OSError as e:  # of torchvision, which downloads a ResNet's weights
+        raise UserError(f'{names}: {e}; put the weights into {torch.hub.get_dir()}/checkpoints') from e
 
 def main(argv=None):
     global dtype

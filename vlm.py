@@ -38,7 +38,7 @@ class TransformerConfig:  # one stack of blocks: vision encoder or language deco
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    n_kv_head: int = 0           # key/value heads; fewer (grouped queries): a smaller cache; 0 = n_head
+    n_kv_head: int = 0           # key/value heads; fewer (grouped queries) shrink the cache; 0 = n_head
     n_hidden: int = 0            # width inside the MLP; 0 = 4 * n_embd
     norm: Literal['layer', 'rms'] = 'layer'
     norm_eps: float = 1e-6
@@ -61,8 +61,8 @@ class TransformerConfig:  # one stack of blocks: vision encoder or language deco
 class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     vision: TransformerConfig = TransformerConfig()
     text: TransformerConfig = TransformerConfig()
-    encoder: Literal['vit', 'resnet18', 'resnet50'] = 'vit'  # a ResNet ignores `vision` and `stem`
-    stem: Literal['patch', 'conv'] = 'patch'  # ViT only: one strided convolution, or conv_stem()
+    encoder: Literal['vit', 'resnet18', 'resnet50'] = 'vit'  # a ResNet ignores `vision`
+    stem: Literal['patch', 'conv'] = 'patch'  # one strided convolution, or conv_stem() (ViT only)
     image_size: int = 224        # pixels per side
     patch_size: int = 16         # pixels per side of a feature-grid cell
     image_mean: tuple = (0.5, 0.5, 0.5)  # scale to [0, 1], then normalize with these
@@ -73,7 +73,7 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     n_latents: int = 32          # 'perceiver': the number of visual tokens
     input_norm: bool = False     # normalize what enters the decoder: see LanguageDecoder
     vocab_size: int = 50257
-    block_size: int = 1024       # longest sequence, visual tokens included; at least 16 for text
+    block_size: int = 1024       # maximum sequence length: visual tokens and at least 16 for text
     tokenizer: str = 'bpe'       # passed to Tokenizer.make
     prompt_template: str = ' {}' # what the decoder reads; {} stands for the prompt
     answer_prefix: str = ' '     # starts the answer; to a BPE 'red' and ' red' are different tokens
@@ -93,7 +93,7 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
         check_choices(self)
         check(self.vision.position == 'learned', "position='rope' is for the decoder only")
         check(self.encoder == 'vit' or self.patch_size == 32, 'a ResNet needs patch_size=32')
-        check(self.stem == 'patch' or self.patch_size == 8, "stem='conv' needs patch_size=8")
+        check(self.stem == 'patch' or self.patch_size == 8, "stem='conv' needs a ViT and patch_size=8")
         P, cell = self.image_size, self.patch_size * self.factor
         check(P >= cell > 0 and P % cell == 0, f'image_size={P} must be a multiple of {cell}')
         check(self.prompt_template.count('{}') == 1, 'prompt_template must contain {} once')
@@ -145,7 +145,7 @@ def attend(q, k, v, mask=None):
     att = F.softmax(att, dim=-1)
     return att @ v, att  # (B,H,T,S) x (B,H,S,D) -> (B,H,T,D)
 
-def fused_attention_fails(q):  # too slow (bf16 backward on a CPU) or wrong (old PyTorch on MPS)
+def avoid_fused_attention(q):  # where it is slow (bf16 backward, CPU) or wrong (old PyTorch, MPS)
     slow_on_cpu = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad
     return slow_on_cpu or (q.is_mps and torch.__version__ < (2, 13))  # a TorchVersion, not a str
 
@@ -173,7 +173,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
         self.keep_map = False  # True: each forward stores its map in attn_map (B,H,T,S)
     def forward(self, x, context=None, mask=None, rope=None, cache=None):
-        """Queries from x (B,T,C); keys and values from x, in the Perceiver from context (B,S,C). -> (B,T,C)
+        """Queries from x (B,T,C); keys and values from context (B,S,C) if given, else x. -> (B,T,C)
         mask (B,1,T,S), True where a query may attend, replaces the causal mask."""
         context = x if context is None else context
         q = self.q(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B,T,H,D) -> (B,H,T,D)
@@ -190,7 +190,7 @@ class Attention(nn.Module):
         is_causal = self.causal and mask is None
         if x.size(1) == 1:  # the newest token sees all keys; is_causal would show it only the first
             is_causal = False
-        if self.keep_map or fused_attention_fails(q):
+        if self.keep_map or avoid_fused_attention(q):
             if is_causal:  # T = S: there is no cache, or it was empty
                 mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=x.device).tril()
             y, att = attend(q, k, v, mask)
@@ -290,7 +290,7 @@ class MultimodalProjection(nn.Module):
         else:  # one linear map; as in nanoVLM, pixel_shuffle has no bias
             self.proj = nn.Linear(n_in, n_out, bias=self.kind != 'pixel_shuffle')
         if self.kind == 'perceiver':  # Flamingo's (arXiv 2204.14198), simplified: queries are learned
-            self.norm = make_norm(cfg.text)  # for the features: the blocks' norms see only latents
+            self.norm = make_norm(cfg.text)  # for the features: the blocks normalize only the latents
             self.latents = nn.Parameter(0.02 * torch.randn(cfg.n_latents, n_out))
             self.resampler = Transformer(replace(cfg.text, n_layer=2))  # not causal, no RoPE
     def forward(self, x):
@@ -304,7 +304,7 @@ class MultimodalProjection(nn.Module):
 
 # 5. Language decoder ----------------------------------------------------------------------------------
 class LanguageDecoder(nn.Module):
-    """GPT-2 or Llama (arXiv 2302.13971), by config. It takes embeddings, as visual tokens have no ids.
+    """GPT-2 or Llama (arXiv 2302.13971), by config. Takes embeddings, since visual tokens have no ids.
     input_norm scales visual and text embeddings alike, to mean 0 and std 1: small models learn sooner."""
     def __init__(self, cfg):
         super().__init__()
@@ -383,12 +383,12 @@ class MinimalVLM(nn.Module):
         if positions is not None:  # packed: every text starts at place N, right after the image
             pos = torch.cat([pos[:N].expand(ids.size(0), -1), N + positions], dim=1)  # (B,S)
             mask = packed_mask(positions, N)
-        h = self.decoder(x, pos, mask)[:, N:]  # (B,T,C): visual tokens predict nothing
+        h = self.decoder(x, pos, mask)[:, N:]  # (B,T,C), without the visual positions
         if targets is None:
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
         h = h[is_scored]
-        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # zero rows: oneDNN compiles for each length
+        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # with zero rows: oneDNN compiles a kernel per length
         logits = self.decoder.head(padded)[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
@@ -447,7 +447,7 @@ def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
         return logits.argmax(dim=-1, keepdim=True)
     logits, ids = logits.float().sort(dim=-1, descending=True)
     logits = logits[..., : top_k or None]  # [: None] keeps all
-    logits = (logits - logits[..., :1]) / max(temperature, 1e-30)  # <= 0: no overflow, no 0 / 0
+    logits = (logits - logits[..., :1]) / max(temperature, 1e-30)  # the largest becomes 0: no overflow
     probs = F.softmax(logits, dim=-1)
     if p < 1:
         # drop a token if those before it already sum to p, so the crossing token stays
@@ -459,11 +459,11 @@ def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
 def read_table(text):
     """{column header: {row label: cell}}, for every column after the first."""
     rows = [line.split() for line in text.strip().splitlines()]
-    labels, *columns = zip(*rows)  # each column begins with its header
+    labels, *columns = zip(*rows)  # transposed: a column is (header, cell, cell, ...)
     return {header: dict(zip(labels[1:], cells)) for header, *cells in columns}
 
-# What files call our layers, without .weight or .bias (position_embedding: the full name). # is the block
-# number; - none; .T weight stored (in, out), to be transposed; [i] third i (q, k, v in one tensor and bias)
+# Our layers and their names in public files; .weight or .bias follows, except after position_embedding.
+# #: block number; -: none; .T: its weight is stored transposed; [i]: its i-th third (q, k and v are in one)
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
 stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
@@ -494,7 +494,7 @@ blocks.#.mlp.down   h.#.mlp.c_proj.T       layers.#.mlp.down_proj               
 norm                ln_f                   norm                                 decoder.norm
 """)
 NAMES = dict(vision=VISION_NAMES, projection={'nanoVLM': {'proj': 'MP.proj'}}, decoder=TEXT_NAMES)
-PREFIX = r'^(transformer|vision_model|model)\.'  # of all names in some files; the tables omit it
+PREFIX = r'^(transformer|vision_model|model)\.'  # of every name in some files; not in the tables
 # tensors we ignore: SigLIP's text half, scale, bias and pooling head, GPT-2's masks, RoPE tables
 UNUSED = r'text_model\..*|logit_\w+|head\..*|.*\.attn\.(masked_)?bias|.*inv_freq'
 
@@ -519,15 +519,15 @@ SUPPORTED = {  # keys of config.json that must have this value or be absent
     'gpt2': dict(activation_function='gelu_new', scale_attn_by_inverse_layer_idx=False),
     'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False, rope_scaling=None,
                   rope_type='default', tie_word_embeddings=True)}
-BASES = [('gpt2', 'text', GPT2), ('nanovlm-text', 'text', LLAMA),  # column, part, what it starts from
+BASES = [('gpt2', 'text', GPT2), ('nanovlm-text', 'text', LLAMA),  # column above, part, its defaults
          ('llama', 'text', LLAMA), ('siglip', 'vision', SIGLIP_B), ('nanovlm-vision', 'vision', SIGLIP_B)]
 IMAGE_FIELDS = ('encoder', 'stem', 'image_size', 'patch_size', 'image_mean', 'image_std')
-IMAGE_DEFAULTS = {field: getattr(VLMConfig, field) for field in IMAGE_FIELDS}  # to reset a preset
+IMAGE_DEFAULTS = {field: getattr(VLMConfig, field) for field in IMAGE_FIELDS}  # these replace a preset's
 ALIASES = {'siglip-b-16': 'google/siglip-base-patch16-224', 'gpt2': 'openai-community/gpt2',
            'smollm2-135m': 'HuggingFaceTB/SmolLM2-135M', 'nanovlm-222m': 'lusxvr/nanoVLM-222M'}
 
 def fetch(name, file, only_check=False):
-    """The path of a file in a folder or a Hugging Face repository: downloaded (unless only_check), cached."""
+    """A file's path in a folder, or in a Hugging Face repository after a download (only_check: without)."""
     if os.path.isdir(os.path.expanduser(name)):
         return os.path.join(os.path.expanduser(name), file)
     repository = ALIASES.get(name, name)
@@ -549,7 +549,7 @@ def fetch(name, file, only_check=False):
                 os.replace(part, path)
             except (OSError, ValueError) as e:  # ContentTooShortError is an OSError
                 check(not last, f'cannot download {url} ({e}): put the file, not '
-                                f'shards, at {path}, or train your own model: python train.py')
+                                f'shards of it, at {path}, or train your own model: python train.py')
     return path
 
 def read_json(path):
@@ -565,14 +565,14 @@ def read_config(name):
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
         return IMAGE_DEFAULTS | dict(encoder=name, patch_size=32, image_mean=mean, image_std=std)
     path = fetch(name, 'config.json')
-    fetch(name, 'model.safetensors', only_check=True)  # absent if the weights are in several files
+    fetch(name, 'model.safetensors', only_check=True)  # fail early if it is sharded, or absent
     c = read_json(path)
-    kind = str(c.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # absent in nanoVLM's
+    kind = str(c.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # nanoVLM's config.json has none
     check(kind in SUPPORTED, f'{path}: model_type={kind} must be one of {", ".join(SUPPORTED)}')
     c |= c.get('vision_config') or c.get('rope_parameters') or {}  # SigLIP and Llama nest some keys
     for key, value in SUPPORTED[kind].items():
         check(c.get(key, value) == value, f'{path}: {key}={c.get(key)} must be {value}')
-    decoder = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)  # GPT-2's
+    decoder = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)  # defaults
     config = {'nanovlm': vars(PRESETS['nanovlm']), 'siglip': IMAGE_DEFAULTS}.get(kind, decoder)
     for column, part, base in BASES:
         if column.startswith(kind):  # nanoVLM has two columns, vision and text
@@ -600,27 +600,27 @@ def read_safetensors(path):
             tensors[name] = raw.view(entry['shape'])
         return tensors
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as e:
-        raise UserError(f'{path} is not a complete .safetensors file ({e!r})') from e
+        raise UserError(f'{path} is not a complete .safetensors file of known types ({e!r})') from e
 
 def published_name(name, table):
-    """What a file calls our parameter, whether to transpose it, and which third of it is ours ([]: all).
+    """What a file calls our parameter, whether to transpose it, and which third of it to take ([]: all).
     In GPT-2's column, transformer.blocks.3.attn.k.bias is h.3.attn.c_attn.bias, False, ['1']."""
     row, _, suffix = name.removeprefix('transformer.').rpartition('.')  # blocks.3.attn.k, weight
     number = ''.join(re.findall(r'\.(\d+)\.', row))  # '3', or '' outside the blocks
-    cell = table.get(re.sub(r'\.\d+\.', '.#.', row), '-') + '.' + suffix  # h.#.attn.c_attn.T[1].weight
-    cell = table.get(name, cell)  # position_embedding has a row of its own, without weight and bias
+    layer = table.get(re.sub(r'\.\d+\.', '.#.', row), '-')  # h.#.attn.c_attn.T[1]
+    cell = table.get(name, f'{layer}.{suffix}')  # position_embedding is a row's full name
     theirs = re.sub(r'\.T|\[\d\]', '', cell).replace('#', number)
     return theirs, '.T' in cell and suffix == 'weight', re.findall(r'\[(\d)\]', cell)
 
 def load_weights(model, path):
-    """Fills the parts in NAMES that the file covers, each completely; the others keep their weights."""
+    """Loads each part in NAMES that the file has, which must be complete. Other parts are unchanged."""
     tensors = {re.sub(PREFIX, '', name): x for name, x in read_safetensors(path).items()}
     head = tensors.pop('lm_head.weight', tensors.pop('decoder.head.weight', None))  # Llama, nanoVLM
     if head is not None and 'decoder.norm.weight' in tensors:  # nanoVLM may store only the head
         tensors.setdefault('decoder.token_embedding.weight', head)
     used = set()
     for part, table in [(part, table) for part in NAMES for table in NAMES[part].values()]:
-        if list(table.values())[-1] + '.weight' not in tensors:  # absent, or another layout
+        if list(table.values())[-1] + '.weight' not in tensors:  # this layout's last layer is absent
             continue
         for name, parameter in getattr(model, part).named_parameters():
             theirs, transpose, third = published_name(name, table)
@@ -632,11 +632,11 @@ def load_weights(model, path):
                 tensor = tensor.chunk(3)[int(third[0])]
             if name == 'position_embedding':
                 tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # also (1,n,C)
-            check(tensor.shape == parameter.shape, f'{path}: {theirs} is not {list(parameter.shape)}')
+            check(tensor.shape == parameter.shape, f'{path}: {theirs} must be {list(parameter.shape)}')
             parameter.data.copy_(tensor)
             used.add(theirs)
     left = [name for name in tensors if name not in used and not re.fullmatch(UNUSED, name)]
-    check(used and not left, f'{path}: unknown layout; unexpected tensors: {left[:3]}')
+    check(used and not left, f'{path}: unsupported layout, or unexpected tensors: {left[:3]}')
     tied = head is None or torch.equal(head.float(), model.decoder.embedding.weight)
     check(tied, f'{path}: its output head differs from its embedding: not supported')
 
@@ -721,7 +721,7 @@ class Tokenizer:
         required = dict(add_prefix_space=False, use_regex=True, individual_digits=True)
         supported = all(step.get(key, value) == value for step in steps for key, value in required.items())
         check(pieces and supported and not data.get('normalizer'), f'{path}: unsupported pre-tokenizer')
-        ids = [vocab[''.join(merge).replace(' ', '')] for merge in model['merges']]  # 'a b' or pair
+        ids = [vocab.get(''.join(merge).replace(' ', ''), -1) for merge in model['merges']]  # 'a b' or pair
         check(END in special and ids == sorted(ids), f'{path}: no {END}, or ids not in merge order')
         # undo GPT-2's alphabet: printable bytes map to themselves, the rest to chr(256) upwards
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -746,10 +746,10 @@ def learn_bpe(texts, vocab_size):
     def join(pair):
         joined = ''.join(pair)
         tokens.setdefault(joined, len(tokens))  # it may exist: abc is a + bc or ab + c
-        for i in where.pop(pair):
+        for i in where.pop(pair):  # popped, as count() adds to where
             word, n = words[i]
             for j in range(len(word) - 1):
-                if tuple(word[j : j + 2]) == pair:  # the pairs change from the token before to the one after
+                if tuple(word[j : j + 2]) == pair:  # only pairs with these and their neighbors change
                     before = max(0, j - 1)
                     count(i, word[before : j + 3], -n)
                     word[j : j + 2] = [joined]
@@ -758,8 +758,8 @@ def learn_bpe(texts, vocab_size):
         count(i, word, n)
     while len(tokens) < vocab_size and max(pairs.values(), default=0) > 1:
         highest = max(pairs.values())
-        for pair in [pair for pair, n in pairs.items() if n == highest]:  # all ties after one search
-            if pairs[pair] == highest and len(tokens) < vocab_size:  # no earlier tie has broken it up
+        for pair in [pair for pair, n in pairs.items() if n == highest]:  # one search serves all ties
+            if pairs[pair] == highest and len(tokens) < vocab_size:  # unless an earlier tie broke it up
                 join(pair)
     return tokens
 
@@ -767,7 +767,7 @@ def learn_bpe(texts, vocab_size):
 def open_image(path, size):
     """An image file as 8-bit RGB, upright. A JPEG is decoded at reduced size, never below size."""
     try:
-        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # warns if huge
+        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # about huge images
             image.draft('RGB', (size, size))
             return to_rgb(image)
     except Exception as e:  # broken files make Pillow raise almost anything
@@ -775,7 +775,7 @@ def open_image(path, size):
 
 def to_rgb(image):
     """Any Pillow image as 8-bit RGB: turned upright per EXIF, scaled if deeper than 8 bits, on white."""
-    image.load()  # here, as the next lines would ignore a broken file
+    image.load()  # decode now: the suppress() below would hide a broken file
     with contextlib.suppress(Exception):  # ignore broken EXIF data
         image = ImageOps.exif_transpose(image)
     if image.mode[0] in 'IF':  # I, I;16 or F: guess the maximum from the brightest pixel
@@ -787,11 +787,11 @@ def to_rgb(image):
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
     return image.convert('RGB')
 
-def image_transform(cfg):  # RGB Pillow image -> uint8 (3,P,P), squashed to a square
+def image_transform(cfg):  # RGB Pillow image -> uint8 (3,P,P), squashed to a square; embed normalizes
     return transforms.Compose([transforms.Resize([cfg.image_size] * 2), transforms.PILToTensor()])
 
 def encode_prompt(tokenizer, cfg, prompt):
-    """Token ids of the prompt in its template, cut to half the room for text; without one, end-of-text."""
+    """Token ids of the prompt in its template, cut to half the room for text. No prompt: end-of-text."""
     prompt = prompt.strip() or cfg.caption_prompt
     if not prompt:
         return [tokenizer.end]
@@ -819,7 +819,7 @@ def collate(items, cfg, tokenizer, transform):
             targets = [-100] * (len(prompt_ids) - 1) + text[len(prompt_ids) :]
             row += zip(text[:-1], targets, range(len(targets)))
         rows.append(row[:room])
-    # pad to a multiple of 16: oneDNN compiles a kernel per length. Each pad is its own text (position 0)
+    # pad to a multiple of 16: oneDNN compiles a kernel per length. Each padding token is its own text
     longest = min(room, math.ceil(max(map(len, rows)) / 16) * 16)
     rows = torch.tensor([row + [(0, -100, 0)] * (longest - len(row)) for row in rows])  # (B,T,3)
     ids, targets, positions = rows.unbind(-1)
@@ -829,8 +829,8 @@ def collate(items, cfg, tokenizer, transform):
 
 # 11. Command line -------------------------------------------------------------------------------------
 def override(settings, argv=None):
-    """Overrides settings, the globals() of a script, by --name=value, --name value or a bare --flag. Only
-    lines `name = default  # comment` define settings; the default sets the type, --help shows the comment."""
+    """Overrides settings, the globals() of a script, by --name=value, --name value or a bare --flag. Each
+    line `name = default  # comment` is a setting: the default sets its type, --help shows the comment."""
     def true_or_false(text):
         return bool(json.loads(text.lower()))
     with open(settings['__file__'], encoding='utf-8') as f:
