@@ -4909,7 +4909,7 @@ def test_without_a_checkpoint_the_public_nanovlm_is_downloaded_once(hub, folder,
 def test_without_a_checkpoint_and_a_picture_nothing_is_downloaded(hub, folder, talk, monkeypatch):
     monkeypatch.chdir(folder)
 
-    with pytest.raises(UserError, match='there is no checkpoint nothing/ckpt.pt') as error:
+    with pytest.raises(UserError, match='no checkpoint at nothing/ckpt.pt') as error:
         talk('--out_dir=nothing')
 
     assert_one_line(error)

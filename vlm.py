@@ -73,7 +73,7 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     n_latents: int = 32          # 'perceiver': the number of visual tokens
     input_norm: bool = False     # normalize what enters the decoder: see LanguageDecoder
     vocab_size: int = 50257
-    block_size: int = 1024       # maximum sequence length: visual tokens and at least 16 for text
+    block_size: int = 1024       # maximum sequence length, visual tokens included; 16 or more for text
     tokenizer: str = 'bpe'       # passed to Tokenizer.make
     prompt_template: str = ' {}' # what the decoder reads; {} stands for the prompt
     answer_prefix: str = ' '     # starts the answer; to a BPE 'red' and ' red' are different tokens
@@ -127,7 +127,7 @@ def rope_angles(cfg, pos):
     D = cfg.n_embd // cfg.n_head
     exponent = torch.arange(0, D, 2, device=pos.device) / D  # one per pair, from 0 to almost 1
     angle = pos[..., None] * cfg.rope_base**-exponent  # (...,S,D/2), later pairs rotate more slowly
-    return torch.stack([angle.cos(), angle.sin()]).unsqueeze(-3)  # (2,1,S,D/2) or (2,B,1,S,D/2)
+    return torch.stack([angle.cos(), angle.sin()]).unsqueeze(-3)  # (2,1,S,D/2) or (2,B,1,S,D/2): 1 for H
 
 def apply_rope(x, rope):
     """Rotary position embedding (arXiv 2104.09864): rotates the channel pairs (i, i + D/2) of queries or keys
@@ -330,7 +330,7 @@ class LanguageDecoder(nn.Module):
 def packed_mask(positions, n_visual):
     """The mask for rows that pack several texts: each text sees only the image and itself.
     positions (B,T) count from 0 in each text -> mask (B,1,S,S), True where a query may attend."""
-    text = (positions == 0).cumsum(dim=1)  # (B,T), number of its text: 0 1 2 0 1 -> 1 1 1 2 2
+    text = (positions == 0).cumsum(dim=1)  # (B,T), which text it is in: 0 1 2 0 1 -> 1 1 1 2 2
     text = F.pad(text, (n_visual, 0))  # (B,S): 0 is the image
     allowed = (text[:, None, :] == 0) | (text[:, None, :] == text[:, :, None])  # [row,query,key]
     return allowed.tril()[:, None]  # also causal
@@ -354,7 +354,7 @@ class MinimalVLM(nn.Module):
             for block in getattr(stack, 'blocks', []):  # only a Transformer has blocks
                 for layer in (block.attn.out, block.mlp.down):  # smaller, since many of them add up
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
-        # in self-attention (not the Perceiver) q and k start equal, so q.k tends to be large for like tokens:
+        # in self-attention (not the Perceiver) q and k start equal, so similar tokens have a large q.k:
         # small models learn sooner to ground words in the image (mimetic initialization, arXiv 2305.09828)
         for attn in [*self.vision.modules(), *self.decoder.modules()]:
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
@@ -369,7 +369,7 @@ class MinimalVLM(nn.Module):
             pixels = transforms.functional.normalize(pixels, self.cfg.image_mean, self.cfg.image_std)
             visual = self.projection(self.vision(pixels))  # (B,N,C) or (1,N,C)
             x = torch.cat([visual.expand(len(ids), -1, -1), x], dim=1)  # (B,N+T,C)
-        check(0 < x.size(1) <= self.cfg.block_size, 'expected 1 to block_size tokens in all')
+        check(0 < x.size(1) <= self.cfg.block_size, 'must be 1 to block_size tokens in all')
         return x
 
     def forward(self, images, ids, targets=None, positions=None):
@@ -388,7 +388,7 @@ class MinimalVLM(nn.Module):
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
         h = h[is_scored]
-        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # with zero rows: oneDNN compiles a kernel per length
+        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # to a multiple of 256 rows: oneDNN compiles per length
         logits = self.decoder.head(padded)[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
@@ -447,7 +447,7 @@ def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
         return logits.argmax(dim=-1, keepdim=True)
     logits, ids = logits.float().sort(dim=-1, descending=True)
     logits = logits[..., : top_k or None]  # [: None] keeps all
-    logits = (logits - logits[..., :1]) / max(temperature, 1e-30)  # the largest becomes 0: no overflow
+    logits = (logits - logits[..., :1]) / max(temperature, 1e-30)  # maximum 0: no overflow; 1e-30: no 0 / 0
     probs = F.softmax(logits, dim=-1)
     if p < 1:
         # drop a token if those before it already sum to p, so the crossing token stays
@@ -459,8 +459,8 @@ def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
 def read_table(text):
     """{column header: {row label: cell}}, for every column after the first."""
     rows = [line.split() for line in text.strip().splitlines()]
-    labels, *columns = zip(*rows)  # transposed: a column is (header, cell, cell, ...)
-    return {header: dict(zip(labels[1:], cells)) for header, *cells in columns}
+    (_, *labels), *columns = zip(*rows)  # transposed: a column is (header, cell, cell, ...)
+    return {header: dict(zip(labels, cells)) for header, *cells in columns}
 
 # Our layers and their names in public files; .weight or .bias follows, except after position_embedding.
 # #: block number; -: none; .T: its weight is stored transposed; [i]: its i-th third (q, k and v are in one)
@@ -494,7 +494,7 @@ blocks.#.mlp.down   h.#.mlp.c_proj.T       layers.#.mlp.down_proj               
 norm                ln_f                   norm                                 decoder.norm
 """)
 NAMES = dict(vision=VISION_NAMES, projection={'nanoVLM': {'proj': 'MP.proj'}}, decoder=TEXT_NAMES)
-PREFIX = r'^(transformer|vision_model|model)\.'  # of every name in some files; not in the tables
+PREFIX = r'^(transformer|vision_model|model)\.'  # some files start every name with one; stripped first
 # tensors we ignore: SigLIP's text half, scale, bias and pooling head, GPT-2's masks, RoPE tables
 UNUSED = r'text_model\..*|logit_\w+|head\..*|.*\.attn\.(masked_)?bias|.*inv_freq'
 
@@ -519,15 +519,15 @@ SUPPORTED = {  # keys of config.json that must have this value or be absent
     'gpt2': dict(activation_function='gelu_new', scale_attn_by_inverse_layer_idx=False),
     'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False, rope_scaling=None,
                   rope_type='default', tie_word_embeddings=True)}
-BASES = [('gpt2', 'text', GPT2), ('nanovlm-text', 'text', LLAMA),  # column above, part, its defaults
+BASES = [('gpt2', 'text', GPT2), ('nanovlm-text', 'text', LLAMA),  # (column of CONFIG_NAMES, part, defaults)
          ('llama', 'text', LLAMA), ('siglip', 'vision', SIGLIP_B), ('nanovlm-vision', 'vision', SIGLIP_B)]
 IMAGE_FIELDS = ('encoder', 'stem', 'image_size', 'patch_size', 'image_mean', 'image_std')
-IMAGE_DEFAULTS = {field: getattr(VLMConfig, field) for field in IMAGE_FIELDS}  # these replace a preset's
+IMAGE_DEFAULTS = {field: getattr(VLMConfig, field) for field in IMAGE_FIELDS}  # reset what a preset had set
 ALIASES = {'siglip-b-16': 'google/siglip-base-patch16-224', 'gpt2': 'openai-community/gpt2',
            'smollm2-135m': 'HuggingFaceTB/SmolLM2-135M', 'nanovlm-222m': 'lusxvr/nanoVLM-222M'}
 
 def fetch(name, file, only_check=False):
-    """A file's path in a folder, or in a Hugging Face repository after a download (only_check: without)."""
+    """Path of a file in a folder or a Hugging Face repository; downloads it, or only looks for it."""
     if os.path.isdir(os.path.expanduser(name)):
         return os.path.join(os.path.expanduser(name), file)
     repository = ALIASES.get(name, name)
@@ -538,7 +538,7 @@ def fetch(name, file, only_check=False):
     def show(blocks, size, total):  # every 5 % of a large file
         if total > 10**7 and blocks % (total // size // 20) == 0:
             print(f'{url}: {blocks * size / 1e6:.0f} of {total / 1e6:.0f} MB', file=sys.stderr)
-    for last in (False, False, True):  # three attempts
+    for last in (False, False, True):  # three attempts; once it is there, the rest do nothing
         if not os.path.exists(path):
             try:
                 if only_check:
@@ -572,7 +572,7 @@ def read_config(name):
     c |= c.get('vision_config') or c.get('rope_parameters') or {}  # SigLIP and Llama nest some keys
     for key, value in SUPPORTED[kind].items():
         check(c.get(key, value) == value, f'{path}: {key}={c.get(key)} must be {value}')
-    decoder = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)  # defaults
+    decoder = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)  # gpt2, llama
     config = {'nanovlm': vars(PRESETS['nanovlm']), 'siglip': IMAGE_DEFAULTS}.get(kind, decoder)
     for column, part, base in BASES:
         if column.startswith(kind):  # nanoVLM has two columns, vision and text
@@ -608,12 +608,12 @@ def published_name(name, table):
     row, _, suffix = name.removeprefix('transformer.').rpartition('.')  # blocks.3.attn.k, weight
     number = ''.join(re.findall(r'\.(\d+)\.', row))  # '3', or '' outside the blocks
     layer = table.get(re.sub(r'\.\d+\.', '.#.', row), '-')  # h.#.attn.c_attn.T[1]
-    cell = table.get(name, f'{layer}.{suffix}')  # position_embedding is a row's full name
+    cell = table.get(name, f'{layer}.{suffix}')  # position_embedding is a row: no suffix to add
     theirs = re.sub(r'\.T|\[\d\]', '', cell).replace('#', number)
     return theirs, '.T' in cell and suffix == 'weight', re.findall(r'\[(\d)\]', cell)
 
 def load_weights(model, path):
-    """Loads each part in NAMES that the file has, which must be complete. Other parts are unchanged."""
+    """Loads each part in NAMES that the file has, completely or not at all. Other parts are unchanged."""
     tensors = {re.sub(PREFIX, '', name): x for name, x in read_safetensors(path).items()}
     head = tensors.pop('lm_head.weight', tensors.pop('decoder.head.weight', None))  # Llama, nanoVLM
     if head is not None and 'decoder.norm.weight' in tensors:  # nanoVLM may store only the head
@@ -631,7 +631,7 @@ def load_weights(model, path):
             if third:
                 tensor = tensor.chunk(3)[int(third[0])]
             if name == 'position_embedding':
-                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # also (1,n,C)
+                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # nanoVLM: (1,n,C)
             check(tensor.shape == parameter.shape, f'{path}: {theirs} must be {list(parameter.shape)}')
             parameter.data.copy_(tensor)
             used.add(theirs)
@@ -661,7 +661,7 @@ def save_checkpoint(path, model, tokenizer, **extra):
 
 def load_checkpoint(path, device='cpu'):
     """-> model, tokenizer, and a dict of the extras. Never executes code from the file."""
-    check(os.path.isfile(path), f'there is no checkpoint {path}: `python train.py` makes one')
+    check(os.path.isfile(path), f'no checkpoint at {path}: run `python train.py` to create one')
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
         cfg = state.pop('config')
@@ -721,7 +721,7 @@ class Tokenizer:
         required = dict(add_prefix_space=False, use_regex=True, individual_digits=True)
         supported = all(step.get(key, value) == value for step in steps for key, value in required.items())
         check(pieces and supported and not data.get('normalizer'), f'{path}: unsupported pre-tokenizer')
-        ids = [vocab.get(''.join(merge).replace(' ', ''), -1) for merge in model['merges']]  # 'a b' or pair
+        ids = [vocab.get(''.join(m).replace(' ', ''), -1) for m in model['merges']]  # m: 'a b' or ['a', 'b']
         check(END in special and ids == sorted(ids), f'{path}: no {END}, or ids not in merge order')
         # undo GPT-2's alphabet: printable bytes map to themselves, the rest to chr(256) upwards
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -746,14 +746,14 @@ def learn_bpe(texts, vocab_size):
     def join(pair):
         joined = ''.join(pair)
         tokens.setdefault(joined, len(tokens))  # it may exist: abc is a + bc or ab + c
-        for i in where.pop(pair):  # popped, as count() adds to where
+        for i in where.pop(pair):  # pop: count() would add to this set during the loop
             word, n = words[i]
-            for j in range(len(word) - 1):
-                if tuple(word[j : j + 2]) == pair:  # only pairs with these and their neighbors change
+            for j in range(len(word) - 1):  # word shrinks: the last slices are too short to match
+                if tuple(word[j : j + 2]) == pair:
                     before = max(0, j - 1)
-                    count(i, word[before : j + 3], -n)
+                    count(i, word[before : j + 3], -n)  # from the token before to the token after
                     word[j : j + 2] = [joined]
-                    count(i, word[before : j + 2], n)
+                    count(i, word[before : j + 2], n)  # the same stretch, now a token shorter
     for i, (word, n) in enumerate(words):
         count(i, word, n)
     while len(tokens) < vocab_size and max(pairs.values(), default=0) > 1:
@@ -767,7 +767,7 @@ def learn_bpe(texts, vocab_size):
 def open_image(path, size):
     """An image file as 8-bit RGB, upright. A JPEG is decoded at reduced size, never below size."""
     try:
-        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # about huge images
+        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # no size warnings
             image.draft('RGB', (size, size))
             return to_rgb(image)
     except Exception as e:  # broken files make Pillow raise almost anything
@@ -791,7 +791,7 @@ def image_transform(cfg):  # RGB Pillow image -> uint8 (3,P,P), squashed to a sq
     return transforms.Compose([transforms.Resize([cfg.image_size] * 2), transforms.PILToTensor()])
 
 def encode_prompt(tokenizer, cfg, prompt):
-    """Token ids of the prompt in its template, cut to half the room for text. No prompt: end-of-text."""
+    """Token ids of the prompt in its template, cut to half the room for text. No prompt: end-of-text alone."""
     prompt = prompt.strip() or cfg.caption_prompt
     if not prompt:
         return [tokenizer.end]
@@ -819,7 +819,7 @@ def collate(items, cfg, tokenizer, transform):
             targets = [-100] * (len(prompt_ids) - 1) + text[len(prompt_ids) :]
             row += zip(text[:-1], targets, range(len(targets)))
         rows.append(row[:room])
-    # pad to a multiple of 16: oneDNN compiles a kernel per length. Each padding token is its own text
+    # pad to a multiple of 16: oneDNN compiles per length. Position 0: each padding token is its own text
     longest = min(room, math.ceil(max(map(len, rows)) / 16) * 16)
     rows = torch.tensor([row + [(0, -100, 0)] * (longest - len(row)) for row in rows])  # (B,T,3)
     ids, targets, positions = rows.unbind(-1)
