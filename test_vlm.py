@@ -1434,7 +1434,7 @@ def test_weights_in_several_files_are_refused_before_the_other_part_is_downloade
     whole = folder / 'owner' / 'llama' / 'model.safetensors'
     whole.rename(whole.with_name('model-00001-of-00002.safetensors'))
 
-    with pytest.raises(UserError, match='llama/resolve/main/model.safetensors .*404.*not shards') as error:
+    with pytest.raises(UserError, match='llama/resolve/main/model.safetensors .*404.*no shards') as error:
         MinimalVLM.from_pretrained('owner/siglip,owner/llama')
 
     assert_one_line(error)

@@ -52,7 +52,7 @@ class TransformerConfig:  # one stack of blocks: vision encoder or language deco
         check_choices(self)
         C, H, G = self.n_embd, self.n_head, self.n_kv_head or self.n_head
         divisible = min(C, H, G) > 0 and C % H == 0 and H % G == 0
-        check(divisible, f'n_embd={C} must be a multiple of n_head={H}, and n_head of n_kv_head={G}')
+        check(divisible, f'n_embd={C} must be divisible by n_head={H}, and n_head by n_kv_head={G}')
         check(self.position == 'learned' or C // H % 2 == 0, f'RoPE: n_embd/n_head={C // H} must be even')
         check(0 < self.n_layer < 200, f'n_layer={self.n_layer} must be in 1..199')
         check(0 <= self.dropout < 1, f'dropout={self.dropout} must be in [0, 1)')
@@ -73,17 +73,17 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     n_latents: int = 32          # 'perceiver': the number of visual tokens
     input_norm: bool = False     # normalize what enters the decoder: see LanguageDecoder
     vocab_size: int = 50257
-    block_size: int = 1024       # maximum sequence length, visual tokens included; 16 or more for text
+    block_size: int = 1024       # maximum sequence length: the visual tokens and at least 16 more
     tokenizer: str = 'bpe'       # passed to Tokenizer.make
     prompt_template: str = ' {}' # what the decoder reads; {} stands for the prompt
-    answer_prefix: str = ' '     # starts the answer; to a BPE 'red' and ' red' are different tokens
+    answer_prefix: str = ' '     # starts the answer; to BPE, 'red' and ' red' are different tokens
     caption_prompt: str = ''     # the prompt that asks for a caption
 
     @property
     def grid(self):  # cells per side of the encoder's feature map
         return self.image_size // self.patch_size
     @property
-    def factor(self):  # cells per side that one visual token merges; 1 = none
+    def factor(self):  # a visual token merges factor x factor cells
         return self.shuffle_factor if self.projection == 'pixel_shuffle' else 1
     @property
     def n_visual(self):  # visual tokens per image
@@ -93,7 +93,7 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
         check_choices(self)
         check(self.vision.position == 'learned', "position='rope' is for the decoder only")
         check(self.encoder == 'vit' or self.patch_size == 32, 'a ResNet needs patch_size=32')
-        check(self.stem == 'patch' or self.patch_size == 8, "stem='conv' needs a ViT and patch_size=8")
+        check(self.stem == 'patch' or self.patch_size == 8, "stem='conv' needs patch_size=8")
         P, cell = self.image_size, self.patch_size * self.factor
         check(P >= cell > 0 and P % cell == 0, f'image_size={P} must be a multiple of {cell}')
         check(self.prompt_template.count('{}') == 1, 'prompt_template must contain {} once')
@@ -127,7 +127,7 @@ def rope_angles(cfg, pos):
     D = cfg.n_embd // cfg.n_head
     exponent = torch.arange(0, D, 2, device=pos.device) / D  # one per pair, from 0 to almost 1
     angle = pos[..., None] * cfg.rope_base**-exponent  # (...,S,D/2), later pairs rotate more slowly
-    return torch.stack([angle.cos(), angle.sin()]).unsqueeze(-3)  # (2,1,S,D/2) or (2,B,1,S,D/2): 1 for H
+    return torch.stack([angle.cos(), angle.sin()]).unsqueeze(-3)  # (2,1,S,D/2) or (2,B,1,S,D/2)
 
 def apply_rope(x, rope):
     """Rotary position embedding (arXiv 2104.09864): rotates the channel pairs (i, i + D/2) of queries or keys
@@ -145,7 +145,7 @@ def attend(q, k, v, mask=None):
     att = F.softmax(att, dim=-1)
     return att @ v, att  # (B,H,T,S) x (B,H,S,D) -> (B,H,T,D)
 
-def avoid_fused_attention(q):  # where it is slow (bf16 backward, CPU) or wrong (old PyTorch, MPS)
+def avoid_fused_attention(q):  # its bf16 backward is slow on CPUs; PyTorch < 2.13 has bugs on MPS
     slow_on_cpu = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad
     return slow_on_cpu or (q.is_mps and torch.__version__ < (2, 13))  # a TorchVersion, not a str
 
@@ -273,10 +273,10 @@ class ResNetEncoder(nn.Module):  # torchvision's, without pooling and classifier
 
 # 4. Projection: from vision features to visual tokens of the decoder's width --------------------------
 def pixel_shuffle(x, f):
-    """Space to depth: f x f neighbors become one wide cell. L = grid^2. (B,L,C) -> (B,L/f^2,f*f*C)"""
+    """f x f cells become one wide cell, the reverse of torch's pixel_shuffle. (B,L,C) -> (B,L/f^2,f*f*C)"""
     B, L, C = x.shape
     g = math.isqrt(L) // f  # wide cells per side
-    x = x.view(B, g, f, g, f, C).transpose(2, 3)  # (B,y,dy,x,dx,C) -> (B,y,x,dy,dx,C)
+    x = x.view(B, g, f, g, f, C).transpose(2, 3)  # (B,i,di,j,dj,C) -> (B,i,j,di,dj,C)
     return x.reshape(B, g * g, f * f * C)
 
 class MultimodalProjection(nn.Module):
@@ -289,7 +289,7 @@ class MultimodalProjection(nn.Module):
             self.proj = nn.Sequential(nn.Linear(n_in, n_hidden), nn.GELU(), nn.Linear(n_hidden, n_out))
         else:  # one linear map; as in nanoVLM, pixel_shuffle has no bias
             self.proj = nn.Linear(n_in, n_out, bias=self.kind != 'pixel_shuffle')
-        if self.kind == 'perceiver':  # Flamingo's (arXiv 2204.14198), simplified: queries are learned
+        if self.kind == 'perceiver':  # Flamingo's (arXiv 2204.14198); attends to features only
             self.norm = make_norm(cfg.text)  # for the features: the blocks normalize only the latents
             self.latents = nn.Parameter(0.02 * torch.randn(cfg.n_latents, n_out))
             self.resampler = Transformer(replace(cfg.text, n_layer=2))  # not causal, no RoPE
@@ -352,7 +352,7 @@ class MinimalVLM(nn.Module):
                 nn.init.zeros_(module.bias)
         for stack in self.modules():
             for block in getattr(stack, 'blocks', []):  # only a Transformer has blocks
-                for layer in (block.attn.out, block.mlp.down):  # smaller, since many of them add up
+                for layer in (block.attn.out, block.mlp.down):  # smaller: x sums them all
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
         # in self-attention (not the Perceiver) q and k start equal, so similar tokens have a large q.k:
         # small models learn sooner to ground words in the image (mimetic initialization, arXiv 2305.09828)
@@ -388,7 +388,7 @@ class MinimalVLM(nn.Module):
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
         h = h[is_scored]
-        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # to a multiple of 256 rows: oneDNN compiles per length
+        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # oneDNN compiles per length
         logits = self.decoder.head(padded)[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
@@ -427,7 +427,7 @@ class MinimalVLM(nn.Module):
         """Loads public weights. names: one, or 'encoder,decoder'; each a repository, a folder, an alias or a
         ResNet. Parts that no file covers keep their random weights. cfg replaces the published one."""
         names = [name.strip() for name in names.split(',')]
-        published = {field: value for name in names for field, value in read_config(name).items()}
+        published = {k: v for name in names for k, v in read_config(name).items()}  # later wins
         model = cls(cfg or VLMConfig(**published))
         for name in names:
             if name in ('resnet18', 'resnet50'):
@@ -447,7 +447,7 @@ def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
         return logits.argmax(dim=-1, keepdim=True)
     logits, ids = logits.float().sort(dim=-1, descending=True)
     logits = logits[..., : top_k or None]  # [: None] keeps all
-    logits = (logits - logits[..., :1]) / max(temperature, 1e-30)  # maximum 0: no overflow; 1e-30: no 0 / 0
+    logits = (logits - logits[..., :1]) / max(temperature, 1e-30)  # <= 0: never inf
     probs = F.softmax(logits, dim=-1)
     if p < 1:
         # drop a token if those before it already sum to p, so the crossing token stays
@@ -458,12 +458,12 @@ def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
 # 8. Public weights and checkpoints --------------------------------------------------------------------
 def read_table(text):
     """{column header: {row label: cell}}, for every column after the first."""
-    rows = [line.split() for line in text.strip().splitlines()]
-    (_, *labels), *columns = zip(*rows)  # transposed: a column is (header, cell, cell, ...)
-    return {header: dict(zip(labels, cells)) for header, *cells in columns}
+    header, *rows = [line.split() for line in text.strip().splitlines()]
+    return {column: {row[0]: row[i] for row in rows} for i, column in enumerate(header) if i > 0}
 
 # Our layers and their names in public files; .weight or .bias follows, except after position_embedding.
-# #: block number; -: none; .T: its weight is stored transposed; [i]: its i-th third (q, k and v are in one)
+# #: block number; -: none; .T: its weight is stored transposed; [i]: third i of q, k and v in one tensor. So
+# GPT-2's h.2.attn.c_attn.bias has blocks.2.attn.q.bias, k.bias and v.bias; h.2.attn.bias, a mask, is UNUSED
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
 stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
@@ -494,7 +494,7 @@ blocks.#.mlp.down   h.#.mlp.c_proj.T       layers.#.mlp.down_proj               
 norm                ln_f                   norm                                 decoder.norm
 """)
 NAMES = dict(vision=VISION_NAMES, projection={'nanoVLM': {'proj': 'MP.proj'}}, decoder=TEXT_NAMES)
-PREFIX = r'^(transformer|vision_model|model)\.'  # some files start every name with one; stripped first
+PREFIX = r'^(transformer|vision_model|model)\.'  # in some files, before each name; stripped
 # tensors we ignore: SigLIP's text half, scale, bias and pooling head, GPT-2's masks, RoPE tables
 UNUSED = r'text_model\..*|logit_\w+|head\..*|.*\.attn\.(masked_)?bias|.*inv_freq'
 
@@ -519,10 +519,10 @@ SUPPORTED = {  # keys of config.json that must have this value or be absent
     'gpt2': dict(activation_function='gelu_new', scale_attn_by_inverse_layer_idx=False),
     'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False, rope_scaling=None,
                   rope_type='default', tie_word_embeddings=True)}
-BASES = [('gpt2', 'text', GPT2), ('nanovlm-text', 'text', LLAMA),  # (column of CONFIG_NAMES, part, defaults)
+BASES = [('gpt2', 'text', GPT2), ('nanovlm-text', 'text', LLAMA),  # column above, part, defaults
          ('llama', 'text', LLAMA), ('siglip', 'vision', SIGLIP_B), ('nanovlm-vision', 'vision', SIGLIP_B)]
 IMAGE_FIELDS = ('encoder', 'stem', 'image_size', 'patch_size', 'image_mean', 'image_std')
-IMAGE_DEFAULTS = {field: getattr(VLMConfig, field) for field in IMAGE_FIELDS}  # reset what a preset had set
+IMAGE_DEFAULTS = {field: getattr(VLMConfig, field) for field in IMAGE_FIELDS}
 ALIASES = {'siglip-b-16': 'google/siglip-base-patch16-224', 'gpt2': 'openai-community/gpt2',
            'smollm2-135m': 'HuggingFaceTB/SmolLM2-135M', 'nanovlm-222m': 'lusxvr/nanoVLM-222M'}
 
@@ -538,7 +538,7 @@ def fetch(name, file, only_check=False):
     def show(blocks, size, total):  # every 5 % of a large file
         if total > 10**7 and blocks % (total // size // 20) == 0:
             print(f'{url}: {blocks * size / 1e6:.0f} of {total / 1e6:.0f} MB', file=sys.stderr)
-    for last in (False, False, True):  # three attempts; once it is there, the rest do nothing
+    for last in (False, False, True):  # up to three attempts, until the file exists
         if not os.path.exists(path):
             try:
                 if only_check:
@@ -548,8 +548,8 @@ def fetch(name, file, only_check=False):
                 part, _ = urllib.request.urlretrieve(url, f'{path}.{os.getpid()}', show)
                 os.replace(part, path)
             except (OSError, ValueError) as e:  # ContentTooShortError is an OSError
-                check(not last, f'cannot download {url} ({e}): put the file, not '
-                                f'shards of it, at {path}, or train your own model: python train.py')
+                check(not last, f'cannot download {url} ({e}): get it by hand '
+                                f'(one file, no shards) as {path}, or train your own model: python train.py')
     return path
 
 def read_json(path):
@@ -560,19 +560,19 @@ def read_json(path):
         raise UserError(f'{path} is not a JSON object ({e})') from e
 
 def read_config(name):
-    """The fields of VLMConfig that a published model fixes, as a dict to merge over those of any preset."""
+    """The fields of VLMConfig that a published model fixes, as a dict to merge over those of a preset."""
     if name in ('resnet18', 'resnet50'):
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
         return IMAGE_DEFAULTS | dict(encoder=name, patch_size=32, image_mean=mean, image_std=std)
     path = fetch(name, 'config.json')
     fetch(name, 'model.safetensors', only_check=True)  # fail early if it is sharded, or absent
     c = read_json(path)
-    kind = str(c.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # nanoVLM's config.json has none
+    kind = str(c.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # nanoVLM has none
     check(kind in SUPPORTED, f'{path}: model_type={kind} must be one of {", ".join(SUPPORTED)}')
     c |= c.get('vision_config') or c.get('rope_parameters') or {}  # SigLIP and Llama nest some keys
     for key, value in SUPPORTED[kind].items():
         check(c.get(key, value) == value, f'{path}: {key}={c.get(key)} must be {value}')
-    decoder = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)  # gpt2, llama
+    decoder = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)
     config = {'nanovlm': vars(PRESETS['nanovlm']), 'siglip': IMAGE_DEFAULTS}.get(kind, decoder)
     for column, part, base in BASES:
         if column.startswith(kind):  # nanoVLM has two columns, vision and text
@@ -608,7 +608,7 @@ def published_name(name, table):
     row, _, suffix = name.removeprefix('transformer.').rpartition('.')  # blocks.3.attn.k, weight
     number = ''.join(re.findall(r'\.(\d+)\.', row))  # '3', or '' outside the blocks
     layer = table.get(re.sub(r'\.\d+\.', '.#.', row), '-')  # h.#.attn.c_attn.T[1]
-    cell = table.get(name, f'{layer}.{suffix}')  # position_embedding is a row: no suffix to add
+    cell = table.get(name, f'{layer}.{suffix}')  # position_embedding is a whole name
     theirs = re.sub(r'\.T|\[\d\]', '', cell).replace('#', number)
     return theirs, '.T' in cell and suffix == 'weight', re.findall(r'\[(\d)\]', cell)
 
@@ -620,7 +620,7 @@ def load_weights(model, path):
         tensors.setdefault('decoder.token_embedding.weight', head)
     used = set()
     for part, table in [(part, table) for part in NAMES for table in NAMES[part].values()]:
-        if list(table.values())[-1] + '.weight' not in tensors:  # this layout's last layer is absent
+        if list(table.values())[-1] + '.weight' not in tensors:  # its last layer is absent
             continue
         for name, parameter in getattr(model, part).named_parameters():
             theirs, transpose, third = published_name(name, table)
@@ -631,7 +631,7 @@ def load_weights(model, path):
             if third:
                 tensor = tensor.chunk(3)[int(third[0])]
             if name == 'position_embedding':
-                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # nanoVLM: (1,n,C)
+                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # or (1,n,C)
             check(tensor.shape == parameter.shape, f'{path}: {theirs} must be {list(parameter.shape)}')
             parameter.data.copy_(tensor)
             used.add(theirs)
@@ -676,7 +676,7 @@ def load_checkpoint(path, device='cpu'):
 
 # 9. Tokenizers ----------------------------------------------------------------------------------------
 END = '<|endoftext|>'
-# how text is split before BPE. SmolLM2 splits off each digit and the space before it; GPT-2 does not
+# how text is split before BPE. For SmolLM2 each digit, and the spaces before it, are pieces of their own
 PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -721,7 +721,7 @@ class Tokenizer:
         required = dict(add_prefix_space=False, use_regex=True, individual_digits=True)
         supported = all(step.get(key, value) == value for step in steps for key, value in required.items())
         check(pieces and supported and not data.get('normalizer'), f'{path}: unsupported pre-tokenizer')
-        ids = [vocab.get(''.join(m).replace(' ', ''), -1) for m in model['merges']]  # m: 'a b' or ['a', 'b']
+        ids = [vocab.get(''.join(m).replace(' ', ''), -1) for m in model['merges']]  # m: 'a b', [a, b]
         check(END in special and ids == sorted(ids), f'{path}: no {END}, or ids not in merge order')
         # undo GPT-2's alphabet: printable bytes map to themselves, the rest to chr(256) upwards
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -751,15 +751,15 @@ def learn_bpe(texts, vocab_size):
             for j in range(len(word) - 1):  # word shrinks: the last slices are too short to match
                 if tuple(word[j : j + 2]) == pair:
                     before = max(0, j - 1)
-                    count(i, word[before : j + 3], -n)  # from the token before to the token after
+                    count(i, word[before : j + 3], -n)  # uncount its pairs, neighbors included
                     word[j : j + 2] = [joined]
-                    count(i, word[before : j + 2], n)  # the same stretch, now a token shorter
+                    count(i, word[before : j + 2], n)  # count the new ones
     for i, (word, n) in enumerate(words):
         count(i, word, n)
     while len(tokens) < vocab_size and max(pairs.values(), default=0) > 1:
         highest = max(pairs.values())
-        for pair in [pair for pair, n in pairs.items() if n == highest]:  # one search serves all ties
-            if pairs[pair] == highest and len(tokens) < vocab_size:  # unless an earlier tie broke it up
+        for pair in [pair for pair, n in pairs.items() if n == highest]:  # all ties of one search
+            if pairs[pair] == highest and len(tokens) < vocab_size:  # not reduced meanwhile
                 join(pair)
     return tokens
 
@@ -787,11 +787,11 @@ def to_rgb(image):
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
     return image.convert('RGB')
 
-def image_transform(cfg):  # RGB Pillow image -> uint8 (3,P,P), squashed to a square; embed normalizes
+def image_transform(cfg):  # RGB image -> uint8 (3,P,P), squashed to a square; embed normalizes
     return transforms.Compose([transforms.Resize([cfg.image_size] * 2), transforms.PILToTensor()])
 
 def encode_prompt(tokenizer, cfg, prompt):
-    """Token ids of the prompt in its template, cut to half the room for text. No prompt: end-of-text."""
+    """Token ids of the prompt in its template, cut to half the text budget. No prompt: end-of-text."""
     prompt = prompt.strip() or cfg.caption_prompt
     if not prompt:
         return [tokenizer.end]
@@ -799,7 +799,7 @@ def encode_prompt(tokenizer, cfg, prompt):
     limit = (cfg.block_size - cfg.n_visual) // 2
     if len(ids) > limit:
         after = tokenizer.encode(cfg.prompt_template.split('{}')[1])  # kept: the answer follows
-        ids = (ids[: max(0, limit - len(after))] + after)[-limit:]
+        ids = ids[: max(0, limit - len(after))] + after[-limit:]
     return ids
 
 def encode_answer(tokenizer, cfg, answer):
