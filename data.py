@@ -102,8 +102,8 @@ def ask_count(scene, rng, pairs):
 
 def ask_color(scene, rng, pairs):
     t = rng.choice(scene)
-    others = [u.color for u in scene] + rng.sample(list(COLORS), len(COLORS))  # those in the scene first
-    wrong = [color for color in dict.fromkeys(others) if color != t.color]
+    colors = [u.color for u in scene] + rng.sample(list(COLORS), len(COLORS))  # those in the scene first
+    wrong = [color for color in dict.fromkeys(colors) if color != t.color]
     options = ': {}, {} or {}'.format(*rng.sample([t.color, *wrong[:2]], 3))
     if [u.shape for u in scene].count(t.shape) == 1:
         return f'what color is the {t.shape}{rng.choice(["", "", options])}?', t.color
@@ -170,7 +170,7 @@ def read_json_line(line):
 
 def coco_rows(data):
     if not {'images', 'annotations'} <= {*data}:
-        raise ValueError("a JSON object must be COCO captions, with keys images and annotations")
+        raise ValueError('a JSON object must be COCO captions, with keys images and annotations')
     names = {str(image['id']): image['file_name'] for image in data['images']}
     for annotation in data['annotations']:
         yield dict(image=names.get(str(annotation.get('image_id'))), caption=annotation.get('caption'))
@@ -185,13 +185,13 @@ def read_table(lines):
     n += 1
     style = dict(delimiter=max(',;\t|', key=header.count), skipinitialspace=True)
     names = [name.strip() for name in next(csv.reader([header], **style), [])]
-    columns = [i for i, name in enumerate(names) if name.lower() in IMAGE_NAMES]
-    if not columns:
+    image_columns = [i for i, name in enumerate(names) if name.lower() in IMAGE_NAMES]
+    if not image_columns:
         wanted = ' or '.join(IMAGE_NAMES)
         raise ValueError(f'its header, {header.strip()[:80]!r}, has no column {wanted}')
     def looks_like_a_row(line):
         values = next(csv.reader([line], **style), [])
-        return len(values) >= len(names) and is_picture(values[columns[0]].strip())
+        return len(values) >= len(names) and is_picture(values[image_columns[0]].strip())
     def remaining_lines():
         nonlocal n
         while n < len(lines):
@@ -212,7 +212,7 @@ def read_table(lines):
         except csv.Error as e:
             row = ValueError(e)
             n = first + 1
-        if row != {}:  # an empty line
+        if row != {}:  # skip empty lines
             yield f'line {first + 1}', row
 
 def read_folder(path):
@@ -222,7 +222,7 @@ def read_folder(path):
         if os.path.isfile(os.path.join(path, name)):
             yield from read_rows(os.path.join(path, name))
             return
-    photos = {}  # path -> path to use: of several links to one photo, the first
+    path_to_use = {}  # of each photo: if several links lead to one file, the first of them
     by_real_path = {}
     tables = []
     seen = set()
@@ -234,19 +234,19 @@ def read_folder(path):
         seen.add(os.path.realpath(folder))
         for file in [os.path.join(folder, name) for name in sorted(names)]:
             if is_picture(file):
-                photos[file] = by_real_path.setdefault(os.path.realpath(file), file)
+                path_to_use[file] = by_real_path.setdefault(os.path.realpath(file), file)
             elif file.endswith(('.csv', '.tsv', '.json', '.jsonl', '.caption', 'captions.txt')):
                 tables.append(file)
-    beside = {photo: os.path.splitext(photo)[0] + '.txt' for photo in photos}
+    beside = {photo: os.path.splitext(photo)[0] + '.txt' for photo in path_to_use}
     has_captions = any(map(os.path.isfile, beside.values()))
     if tables and not has_captions:
         raise ValueError(f'it contains {tables[0]}: set dataset to that file, or move it elsewhere')
-    classes = {os.path.dirname(os.path.relpath(photo, path)) for photo in photos}
+    classes = {os.path.dirname(os.path.relpath(photo, path)) for photo in path_to_use}
     if len(classes) == 1 and not has_captions and '' not in classes:
         print(f'{path}: no photo has a .txt file and all are in folder {classes.pop()}: its name is all '
               'there is to learn', file=sys.stderr)
     for photo, file in beside.items():
-        row = dict(image=os.path.relpath(photos[photo], path))
+        row = dict(image=os.path.relpath(path_to_use[photo], path))
         folder = os.path.dirname(os.path.relpath(photo, path))
         if is_unreadable_heic(photo):
             row = ValueError(HEIC_HELP)
@@ -307,7 +307,7 @@ def clean_text(value):
 
 class CaptionedImages:
     """Photos with their texts. An unreadable photo is reported and replaced by the next readable one."""
-    size = 1  # JPEGs are decoded at this many pixels per side or more; main sets it later
+    size = 1  # JPEGs are decoded at this many pixels per side or more; train.py sets it later
 
     def __init__(self, texts, folder):
         self.names, self.texts = list(texts), list(texts.values())
@@ -318,7 +318,7 @@ class CaptionedImages:
             if j not in self.unreadable:
                 try:
                     image = open_image(os.path.join(self.folder, self.names[j]), self.size)
-                    factor = max(1, min(image.size) // (2 * self.size))  # batches of full photos take GBs
+                    factor = max(1, min(image.size) // (2 * self.size))  # full-size photos would fill memory
                     return image.reduce(factor), self.texts[j]
                 except UserError as e:
                     self.unreadable.add(j)
@@ -342,11 +342,11 @@ def find_images(path, image_dir=''):
     except UnicodeDecodeError as e:
         wanted = 'csv, tsv, txt, jsonl or json; in Excel, save it as "CSV UTF-8"'
         raise UserError(f'{path} is not text in UTF-8: expected {wanted}') from e
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error) as e:
         raise UserError(f'{path} cannot be used as a data set: {type(e).__name__}: {str(e)[:300]}') from e
-    check(n, f'{path} has no rows')
-    check(texts, f'{path}: none of its {n} rows can be used, the first because: {"".join(unused[:1])}')
+    check(n, f'{path} has no rows or photos')
     if unused:
+        check(texts, f'{path}: none of its {n} rows can be used; the first: {unused[0]}')
         print(f'{path}: {len(unused)} of {n} rows are skipped; the first: {unused[0]}', file=sys.stderr)
     beside = path if os.path.isdir(path) else os.path.dirname(path)
     folder = os.path.expanduser(image_dir) or beside or '.'
@@ -386,12 +386,12 @@ def is_picture(path):
     return not name.startswith('.') and (kind in Image.OPEN or is_unreadable_heic(path))
 
 def find_pictures(given):
-    """The paths that the setting image stands for: a file, several with commas, a folder or a pattern."""
+    """The paths that the setting image stands for: a file, several (a.jpg,b.jpg), a folder or a pattern."""
     paths = []
-    for part in [given] if os.path.exists(os.path.expanduser(given)) else given.split(','):
+    for part in ([given] if os.path.exists(os.path.expanduser(given)) else given.split(',')):
         part = os.path.expanduser(part.strip())
         if os.path.isdir(part):
-            paths += [f'{part}/{name}' for name in sorted(filter(is_picture, os.listdir(part)))]
+            paths += [os.path.join(part, name) for name in sorted(filter(is_picture, os.listdir(part)))]
         elif os.path.exists(part) or not glob.has_magic(part):
             paths.append(part)
         else:
@@ -410,7 +410,7 @@ def read_pictures(paths, cfg, where, failed):
             failed.append(path)
 
 def contact_sheet(tiles, path, columns, width, lines):
-    """Saves tiles, (Pillow image, [(line of text, color), ...]), as one PNG; lines: room under each image."""
+    """Saves tiles, (Pillow image, [(line of text, color), ...]), as one PNG. lines: text lines per tile."""
     height = width + 29 * lines
     page = Image.new('RGB', (columns * width, height * math.ceil(len(tiles) / columns)), 'white')
     for n, (image, texts) in enumerate(tiles):
@@ -423,7 +423,7 @@ def contact_sheet(tiles, path, columns, width, lines):
 def open_table(path, pictures, prompt):
     """Opens a caption file -> a function that appends a row, and the pictures that have no row yet."""
     path = os.path.expanduser(path)
-    folder = os.path.dirname(path) or '.'  # train.py looks for pictures from there
+    folder = os.path.dirname(path) or '.'  # train.py looks up picture names from there
     columns = ['image', 'prompt', 'answer'] if prompt else ['image', 'caption']
     check(path.endswith('.csv'), f'save={path} must end in .csv')
     try:

@@ -40,18 +40,18 @@ def report(message):
     print(f'sample.py: {message}', file=sys.stderr)
 
 def load_model(where):
-    """From init_from or out_dir. If neither exists and a picture is given: the public nanoVLM-222M."""
+    """Loads init_from, else the checkpoint in out_dir, else (for a given picture) the public nanoVLM-222M."""
     path = os.path.expanduser(init_from or f'{out_dir}/ckpt.pt')
     if image and not init_from and not os.path.exists(path):
         report(f'no {path}: using the public nanoVLM-222M (888 MB, downloaded once to {torch.hub.get_dir()})')
         path = 'nanovlm-222m'
     if path.endswith('.pt'):
         model, tok, extra = load_checkpoint(path, where)
-        usual_prompt = prompt in ('', prompt.lower().rstrip('?') + '?')
+        usual_prompt = not prompt or (prompt.islower() and prompt.endswith('?'))
         usual_image = not image or image.endswith('drawn.png')
         if not (usual_prompt and usual_image) and extra.get('settings', {}).get('dataset') == 'shapes':
             report('this model only knows drawn shapes, and questions in lower case with a ? at the end; for '
-                   f'photos: python sample.py --init_from=nanovlm-222m --image="{image}"')
+                   f'photos: python sample.py --init_from=nanovlm-222m --image="{image or "cat.jpg"}"')
         return model, tok
     model = MinimalVLM.from_pretrained(path).to(where)
     return model, Tokenizer.make(path if os.path.exists(f'{path}/tokenizer.json') else model.cfg.tokenizer)
@@ -93,16 +93,17 @@ def answer_in_batches(model, tok, paths, ids, options, failed):
                 yield path, ' '.join(tok.decode(row).split())
         left = max(0, len(paths) - n - size)
         each = (time.time() - began) / (len(paths) - left)
-        report(f'{left} pictures left, {each:.2f} s each: {left * each / 60:.1f} min')
+        if left:
+            report(f'{left} pictures left, {each:.2f} s each: {left * each / 60:.1f} min')
 
 def draw_attention(model, tok, pixels, ids, said, picture, path):
     """Saves the picture and, for each word, the visual tokens it attended to more than other words did."""
-    check(model.cfg.projection != 'perceiver', 'attention: Perceiver tokens have no place in the image')
+    check(model.cfg.projection != 'perceiver', 'attention: Perceiver tokens have no position in the image')
     layers = [block.attn for block in model.decoder.transformer.blocks]
     for attn in layers:
         attn.keep_map = True
     model(pixels[None], torch.cat([ids, ids.new_tensor(said)])[None])
-    maps = torch.cat([attn.attn_map for attn in layers]).float().mean(dim=(0, 1)).cpu()  # layers, heads
+    maps = torch.cat([attn.attn_map for attn in layers]).float().mean(dim=(0, 1)).cpu()  # over layers, heads
     side = math.isqrt(model.cfg.n_visual)
     rows = maps[-1 - len(said) : -1, : side**2]  # token i was predicted by query i - 1
     rows = rows / rows.sum(dim=1, keepdim=True)
@@ -112,7 +113,7 @@ def draw_attention(model, tok, pixels, ids, said, picture, path):
     tiles = [(picture, [])]
     for i, j in itertools.pairwise([*starts, len(said)]):  # a word may be several tokens
         word = tok.decode(said[i:j]).strip(' ,.')
-        if word not in 'a an and at in is of on the to with'.split():  # function words: diffuse
+        if word not in 'a an and at in is of on the to with'.split():  # function words look everywhere
             looked = rows[i:j].sum(dim=0) + 1e-9
             mask = TF.to_pil_image(0.7 * looked / looked.max()).resize(picture.size, Image.NEAREST)
             orange = Image.new('RGB', picture.size, 'orangered')
@@ -132,9 +133,7 @@ def main(argv=None):
     where, precision = find_device(device, dtype)
     torch.manual_seed(seed)
     torch.set_grad_enabled(False)
-    paths = [os.path.expanduser(f'{out_dir}/drawn.png')]
-    if image:
-        paths = find_pictures(image)
+    paths = find_pictures(image) if image else [os.path.expanduser(f'{out_dir}/drawn.png')]
     single = len(paths) == 1 and num_samples == 1 and not save
     map_path = os.path.expanduser(attention)
     drawable = map_path.lower().endswith('.png') and os.path.isdir(os.path.dirname(map_path) or '.')
@@ -167,7 +166,7 @@ def main(argv=None):
             print(f'{path}: {answer}')
             if save:
                 append(path, answer)
-    sys.exit(len(failed) > 0)
+    sys.exit(1 if failed else 0)
 
 if __name__ == '__main__':
     sys.stdout.reconfigure(errors='replace')  # for names and answers a terminal cannot show

@@ -2653,9 +2653,10 @@ def test_a_row_that_cannot_be_used_is_skipped_and_reported(tmp_path, settings, c
 
 @pytest.mark.parametrize('name, text, words', [
     ('a.csv', 'picture,text\n0.png,x\n', 'has no column image'),
-    ('a.csv', 'image,caption\n0.png,x,y\n', 'none of its 1 rows .* the first because: line 2: more values'),
+    ('a.csv', 'image,caption\n0.png,x,y\n', 'none of its 1 rows .* the first: line 2: more values'),
     ('a.csv', 'image,caption\nx.png,a\n', "no image found, e.g. '.*/x.png' does not exist"),
     ('a.csv', '', 'has no column image'),
+    ('a.txt', 'no table: one very long line' * 9999, 'cannot be used as a data set'),
     ('a.csv', 'image,caption\n', 'has no rows'),
     ('a.csv', 'image,caption\n0.png,a\n', 'as one is held out'),
     ('a.jsonl', '{"image": "0.png"}', 'line 1: it has no text'),
@@ -3041,7 +3042,7 @@ def test_too_little_shared_memory_for_the_workers_is_refused(settings, monkeypat
     batches = train.Batches(train.Shapes('train'), replace(TINY, image_size=256, block_size=400), BYTES)
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=2 * 3 * 16 * 3 * 256 * 256))
 
-    with pytest.raises(UserError, match='18 MB in /dev/shm, only 18 are .*--shm-size=.*--num_workers=0'):
+    with pytest.raises(UserError, match='18 MB in /dev/shm, but only 18 are .*--shm-size=.*--num_workers=0'):
         first_batches(batches, 1)
 
 def test_a_worker_that_is_killed_ends_the_run_in_one_line(tmp_path):
@@ -3062,6 +3063,33 @@ runpy.run_path({str(HERE / 'train.py')!r}, run_name='__main__')
     assert result.returncode == 1
     said = 'train.py: a data loading process died, perhaps out of memory: try --num_workers=0\n'
     assert result.stderr == said
+
+def test_a_programmers_mistake_in_a_worker_keeps_its_traceback(tmp_path):
+    (tmp_path / 'shapes.py').write_text(f"""
+import itertools, runpy, sys, torch, vlm
+widths = itertools.count(1)
+vlm.image_transform = lambda cfg: lambda image: torch.zeros(3, 8, next(widths))
+sys.argv = ['train.py', '--num_workers=1', '--out_dir={tmp_path}/out']
+runpy.run_path({str(HERE / 'train.py')!r}, run_name='__main__')
+""")
+
+    result = subprocess.run([sys.executable, tmp_path / 'shapes.py'], timeout=120, capture_output=True,
+                            env={**os.environ, 'PYTHONPATH': str(HERE), 'OMP_NUM_THREADS': '1'}, text=True)
+
+    assert result.returncode == 1
+    assert 'RuntimeError: stack expects each tensor to be equal size' in result.stderr
+    assert 'perhaps out of memory' not in result.stderr
+
+def test_workers_leave_no_open_files_behind(settings):
+    train.num_workers = 2
+    batches = train.Batches(train.Shapes('train'), TINY, BYTES)
+    open_files = []
+
+    for _ in range(4):
+        assert len(list(train.load(batches, range(2), torch.device('cpu')))) == 2
+        open_files.append(len(os.listdir('/proc/self/fd')))
+
+    assert open_files[1] == open_files[3]
 
 def test_the_error_of_a_worker_comes_without_its_traceback(tmp_path, settings):
     class Broken:
@@ -3750,6 +3778,16 @@ def test_a_resumed_run_takes_over_settings_and_nothing_else(tmp_path, run):
     changed = {name for name in before if before[name] != vars(train)[name]}
     assert changed == {'init_from', 'eval_iters'}
     assert train.eval_iters == 7
+
+def test_a_run_is_resumed_by_an_edited_default_too(tmp_path, run):
+    before = run(*QUICK)
+    train.init_from = 'resume'
+
+    train.main([f'--out_dir={tmp_path}/out'])
+
+    after = torch.load(f'{tmp_path}/out/ckpt.pt', weights_only=True)
+    assert after['step'] == before['step'] == 2
+    assert_same_state(before['model'], after['model'])
 
 def test_a_checkpoint_is_only_replaced_when_that_is_asked_for(run):
     run(*QUICK)
@@ -4724,7 +4762,7 @@ def test_pictures_are_answered_in_batches_as_each_one_alone(folder, photos, talk
     assert printed.splitlines() == expected
     assert sizes == [2, 2, 1]
     assert [line.split(',')[0] for line in errors.splitlines()] == [
-        f'sample.py: {left} pictures left' for left in (3, 1, 0)]
+        f'sample.py: {left} pictures left' for left in (3, 1)]
 
 def test_the_time_left_is_that_of_the_pictures_left(folder, photos, talk, monkeypatch):
     """By a clock that goes on by a minute each time it is read: two pictures a minute."""
@@ -4863,6 +4901,11 @@ def test_a_model_that_knows_only_drawn_shapes_says_so_about_a_picture(trained, t
     assert about_a_picture.startswith('sample.py: this model only knows drawn shapes, and ')
     assert about_a_picture.endswith(command)
     assert about_its_scene == about_it_again == ''
+
+def test_a_model_of_shapes_names_a_command_for_photos_even_without_a_picture(trained, talk):
+    _, _, errors = talk(f'--out_dir={trained[0]}', '--prompt=What is it?')
+
+    assert errors.endswith('python sample.py --init_from=nanovlm-222m --image="cat.jpg"\n')
 
 def test_a_model_of_shapes_says_which_questions_it_knows(trained, talk):
     data.Shapes('val', 3)[0][0].save(trained[0] / 'drawn.png')

@@ -23,21 +23,21 @@ init_from = 'scratch'            # 'scratch', 'resume', a .pt, 'pretrained' or e
 eval_interval = 1000             # steps between evaluations; each also saves a checkpoint
 log_interval = 50                # steps between log lines
 eval_iters = 20                  # held-out batches for the validation loss
-eval_samples = 200               # held-out items to answer; on shapes, 15x at the end; 0 = none
+eval_samples = 200               # held-out items to answer (on shapes, 15 times as many at the end); 0 = none
 eval_only = False                # with init_from=resume: evaluate, then exit
 overwrite = False                # allow replacing the checkpoint and the log in out_dir
 dataset = 'shapes'               # 'shapes', a caption file (.csv .tsv .txt .jsonl .json) or folder
 val_dataset = ''                 # likewise, for validation; '' = hold out 5% of dataset's images
 image_dir = ''                   # folder of the images; '' = the caption file's, or images/ in it
 blind = False                    # train on black images: a baseline that cannot see
-augment = False                  # random flips, crops, colors; not if texts say left or right
+augment = False                  # random flips, crops, colors; not for texts that say left or right
 num_workers = -1                 # data loading processes; 0 = none, -1 = automatic
-batch_size = 16                  # images per forward pass, over all processes
+batch_size = 16                  # images per forward pass, across all processes
 texts_per_image = 10             # at most this many texts per image in a batch, chosen at random
 gradient_accumulation_steps = 1  # forward passes per optimizer step
 preset = 'tiny'                  # 'tiny', 'small', 'base' or 'nanovlm': see PRESETS in vlm.py
 tokenizer = ''                   # 'bytes', 'bpe' (learned), a folder or repository; '' = preset's
-vocab_size = 0                   # maximum vocabulary size for 'bpe', from 257; 0 = the preset's
+vocab_size = 0                   # maximum vocabulary size for 'bpe', at least 257; 0 = the preset's
 image_size = 0                   # pixels per side; 0 = the preset's
 block_size = 0                   # tokens per sequence, the image's included; 0 = the preset's
 projection = ''                  # 'linear', 'mlp', 'pixel_shuffle', 'perceiver'; '' = the preset's
@@ -63,16 +63,16 @@ def find_device(device, dtype):
     """Resolves the settings device and dtype -> torch.device, name of the dtype"""
     found = torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')
     try:
-        where = torch.device(device.replace('auto', str(found)))
+        where = torch.device(str(found) if device == 'auto' else device)
         if where.type == 'cuda':
-            torch.cuda.set_device(where.index or int(os.environ.get('LOCAL_RANK', 0)))
+            torch.cuda.set_device(where.index or int(os.environ.get('LOCAL_RANK', 0)))  # one per process
         torch.empty(1, device=where)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f'device={device} does not work here; PyTorch finds {found}') from e
     if dtype == 'auto':
         dtype = 'float32'
         if where.type == 'cuda':
-            dtype = 'bfloat16' if torch.cuda.is_bf16_supported(False) else 'float16'
+            dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
         elif where.type == 'cpu' and torch.cpu.get_capabilities().get('avx512_bf16'):
             dtype = 'bfloat16'  # twice as fast on CPUs that support it, slow on others
     check(dtype in ('float32', 'bfloat16', 'float16'), f'dtype={dtype}: unknown; see --help')
@@ -86,7 +86,7 @@ def check_compiler():
 def make_datasets():
     """The training and validation sets. Held out: val_dataset, or the same 5% of the images every time."""
     if dataset == 'shapes':
-        check(not val_dataset, 'val_dataset is for photos: name them with --dataset')
+        check(not val_dataset, 'val_dataset is for photos: set --dataset to photos, too')
         return Shapes('train', seed), Shapes('val', seed)
     texts, folder = find_images(dataset, image_dir)
     if val_dataset:
@@ -113,7 +113,7 @@ class Batches(torch.utils.data.Dataset):
     def __init__(self, data, cfg, tokenizer, rank=0, world=1, augment=False):
         self.data, self.cfg, self.tokenizer = data, cfg, tokenizer
         self.share = slice(rank, None, world)
-        self.settings = (seed, batch_size, texts_per_image)  # a spawned worker sees only defaults
+        self.settings = (seed, batch_size, texts_per_image)  # a spawned worker sees only the defaults
         self.transform = make_transform(cfg, augment)
 
     def __getitem__(self, n):
@@ -142,8 +142,8 @@ def load(batches, numbers, device):
     if workers and os.path.isdir('/dev/shm'):  # holds up to three batches from each worker
         needed = 3 * workers * batch_size * 3 * batches.cfg.image_size**2
         free = shutil.disk_usage('/dev/shm').free
-        check(free > needed, f'{workers} workers need {needed >> 20} MB in /dev/shm, only {free >> 20} are '
-                             'free: try docker run --shm-size=1g, or --num_workers=0')
+        check(free > needed, f'{workers} workers need {needed >> 20} MB in /dev/shm, but only {free >> 20} '
+                             'are free: try docker run --shm-size=1g, or --num_workers=0')
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=numbers, num_workers=workers,
         worker_init_fn=ignore_signals, pin_memory=device.type == 'cuda'))
@@ -152,12 +152,14 @@ def load(batches, numbers, device):
     try:
         for batch in loader:
             yield [None if x is None else x.to(device, non_blocking=True) for x in batch]
+        if workers:  # they have ended; atexit would keep their pipes open until the run ends
+            atexit.unregister(loader._shutdown_workers)
     except UserError as e:  # a worker's comes with its traceback
         raise UserError(str(e).split('UserError: ')[-1].strip()) from e
 
 def report_cut_texts(groups, cfg, tokenizer):
-    """Reports how many (prompt, answer) texts are too long for block_size or, if none is, how many groups,
-    the texts of one image, are too long together."""
+    """Reports how many texts, (prompt, answer), are too long for block_size or, if none is, how many images
+    have texts that do not fit together. groups: for each image, the list of its texts."""
     room = cfg.block_size - cfg.n_visual
     endless = replace(cfg, block_size=10**9)
     cut = needed = crowded = needed_together = 0
@@ -165,9 +167,9 @@ def report_cut_texts(groups, cfg, tokenizer):
         lengths = []
         for prompt, answer in texts:
             asked = len(encode_prompt(tokenizer, endless, prompt))
-            length = asked + len(encode_answer(tokenizer, cfg, answer)) - 1  # the last isn't fed in
+            length = asked + len(encode_answer(tokenizer, cfg, answer)) - 1  # the last token is never fed in
             lengths.append(length)
-            if length > room or asked > room // 2:
+            if length > room or asked > room // 2:  # a prompt may fill half the room
                 cut += 1
                 needed = max(needed, cfg.n_visual + max(length, 2 * asked))
         together = sum(sorted(lengths)[-texts_per_image:])
@@ -213,7 +215,7 @@ def orthogonalize(x):
 
 def make_optimizers(model):
     """Muon for the matrices inside the model; AdamW for embeddings, positions, the first convolution, norms
-    and biases, or for everything. Only matrices have weight decay."""
+    and biases, or for everything. Weight decay applies only to matrices inside the model."""
     parts = ['vision', 'projection', 'decoder']
     frozen = re.findall(r'\w+', freeze)
     check(set(frozen) < set(parts), f'freeze={freeze}: expected one or two of {", ".join(parts)}')
@@ -226,7 +228,7 @@ def make_optimizers(model):
     for name, p in model.named_parameters():
         part = name.split('.')[0]
         p.requires_grad_(part not in frozen)
-        outer = re.search(r'embedding|latents|stem\.(0\.)?weight|layers\.0\.weight', name)
+        outer = re.search(r'embedding|latents|stem\.(0\.)?weight|layers\.0\.weight', name)  # layers: ResNet
         hidden = p.dim() > 1 and not outer
         shape = p.flatten(1).shape if hidden and optimizer == 'muon' else None
         if p.requires_grad:
@@ -235,7 +237,7 @@ def make_optimizers(model):
     adamw = []
     for (shape, scale, hidden), params in groups.items():
         rate = scale * (muon_lr if shape else learning_rate)
-        group = dict(params=params, full_lr=rate, weight_decay=weight_decay * hidden)
+        group = dict(params=params, full_lr=rate, weight_decay=weight_decay if hidden else 0.0)
         (muon if shape else adamw).append(group)
     optimizers = [Muon(muon, {})] if muon else []  # {}: no defaults; the loop sets each group's lr
     if adamw:
@@ -249,11 +251,11 @@ def rate_factor(step):
 
 # evaluation -------------------------------------------------------------------------------------------
 def choose_items(data, n, kind=''):
-    """Up to n held-out items (image, [(prompt, truth)]), always the same. kind: 'caption', 'question'."""
+    """Up to n fixed held-out items (image, [(prompt, truth)]). kind: 'caption', 'question' or '' (any)."""
     items = []
     for i in random.Random(1337).sample(range(data.n_images), min(n, data.n_images)):
         image, texts = data[i]
-        texts = [text for text in texts if kind in ('', 'question' if text[0] else 'caption')]
+        texts = [(q, a) for q, a in texts if kind in ('', 'question' if q else 'caption')]
         if texts:
             items.append((image, [texts[i % len(texts)]]))
     return items
@@ -289,7 +291,7 @@ def draw_samples(model, tok, items, path):
     for image, [(prompt, truth)] in items:
         pixels = make_transform(model.cfg)(image)[None].to(where)
         ids = torch.tensor([encode_prompt(tok, model.cfg, prompt)], device=where)
-        row = model.generate(pixels, ids, 150, temperature=0, stop=tok.end)[0]  # a tile holds less
+        row = model.generate(pixels, ids, 150, temperature=0, stop=tok.end)[0]  # a tile shows fewer tokens
         said = tok.decode(row[ids.size(1) :].tolist()).strip()
         color = 'green' if said == truth.strip() else 'firebrick'
         lines = [(line, 'black') for line in textwrap.wrap(prompt, 25)[:4]]
@@ -306,12 +308,12 @@ def evaluate(model, batches, step, last, device):
     for images, ids, targets, positions in load(batches, range(eval_iters), device):
         n = (targets != -100).sum().item()
         own += n * model(images, ids, targets, positions)[1].item()
-        swapped += n * model(images.roll(1, 0), ids, targets, positions)[1].item()
+        swapped += n * model(images.roll(1, 0), ids, targets, positions)[1].item()  # a neighbor's image
         count += n
     own, swapped, share = own / count, swapped / count, math.nan
     gain = f'with images swapped {swapped:.4f}, image gain {swapped - own:.4f}'
     if len(images) == 1:
-        gain = 'image gain unknown: it takes two images per batch'
+        gain = 'image gain unknown: it needs two images per batch'
     print(f'step {step}: held-out loss {own:.4f}, {gain}')
     if eval_samples and last and dataset == 'shapes':
         n = 5 * eval_samples
@@ -321,7 +323,7 @@ def evaluate(model, batches, step, last, device):
         share = exact_answers(model, tok, choose_items(data, n, 'question'), 'questions')
     elif eval_samples:
         share = exact_answers(model, tok, choose_items(data, eval_samples), 'held-out items')
-    pictures = Shapes('val', seed, pixels=624) if dataset == 'shapes' else data  # same, sharper
+    pictures = Shapes('val', seed, pixels=624) if dataset == 'shapes' else data  # the same scenes, sharper
     draw_samples(model, tok, choose_items(pictures, 6), os.path.expanduser(f'{out_dir}/samples.png'))
     return own, swapped, share
 
@@ -336,12 +338,12 @@ def make_model(texts):
     names = init_from
     if init_from == 'pretrained':
         check(preset in ('base', 'nanovlm'), 'init_from=pretrained needs --preset=base or nanovlm')
-        names = {'nanovlm': 'siglip-b-16,smollm2-135m'}.get(preset, 'siglip-b-16,gpt2')
+        names = 'siglip-b-16,gpt2' if preset == 'base' else 'siglip-b-16,smollm2-135m'
     published = {}
-    for name in [name for name in names.split(',') if name != 'scratch']:
-        config = read_config(name.strip())
-        if 'text' in config and os.path.isfile(os.path.expanduser(f'{name.strip()}/tokenizer.json')):
-            config['tokenizer'] = name.strip()  # nanoVLM's config.json names a repository instead
+    for name in [name.strip() for name in names.split(',') if names != 'scratch']:
+        config = read_config(name)
+        if 'text' in config and os.path.isfile(os.path.expanduser(f'{name}/tokenizer.json')):
+            config['tokenizer'] = name  # nanoVLM's config.json names a repository instead
         published |= config
     cfg = vars(PRESETS[preset]) | published
     tok = Tokenizer.make(tokenizer or cfg['tokenizer'], texts, vocab_size or cfg['vocab_size'])
@@ -357,7 +359,7 @@ def make_model(texts):
         return MinimalVLM(cfg), tok
     try:
         return MinimalVLM.from_pretrained(names, cfg), tok
-    except OSError as e:  # of torchvision, which downloads a ResNet's weights
+    except OSError as e:  # from torchvision, which downloads a ResNet's weights
         raise UserError(f'{names}: {e}; put the weights into {torch.hub.get_dir()}/checkpoints') from e
 
 def main(argv=None):
@@ -379,7 +381,7 @@ def main(argv=None):
         model, tok, checkpoint = load_checkpoint(path)
         step = checkpoint['step']
         for name, value in checkpoint['settings'].items():  # those that still exist, same type
-            if name != 'out_dir' and type(value) is type(settings.get(name)):
+            if name not in ('out_dir', 'init_from') and type(value) is type(settings.get(name)):
                 globals()[name] = value
         fixed = 'preset tokenizer vocab_size image_size block_size projection dropout'
         kept = {name: globals()[name] for name in [*fixed.split(), 'optimizer', 'freeze', 'lr_scale']}
@@ -401,7 +403,7 @@ def main(argv=None):
     if rank > 0:  # only rank 0 prints
         sys.stdout = open(os.devnull, 'w')
     if world > 1:
-        dist.init_process_group(timeout=datetime.timedelta(hours=2))  # rank 0 evaluates alone
+        dist.init_process_group(timeout=datetime.timedelta(hours=2))  # others wait while rank 0 evaluates
         atexit.register(dist.destroy_process_group)  # or its threads may abort the process at exit
     precision = torch.autocast(where.type, getattr(torch, dtype), enabled=dtype != 'float32')
     scaler = torch.amp.GradScaler(where.type, enabled=dtype == 'float16')
@@ -411,12 +413,12 @@ def main(argv=None):
     # 4. data and model
     train_set, val_set = make_datasets()
     in_batch = min(batch_size, train_set.n_images)
-    check(in_batch >= world, f'{in_batch} images per batch: each of the {world} processes needs one')
-    groups = train_set.texts if dataset != 'shapes' else [train_set[i][1] for i in range(400)]
+    check(in_batch >= world, f'{in_batch} images per batch: each of the {world} processes needs at least one')
+    groups = train_set.texts if dataset != 'shapes' else [train_set[i][1] for i in range(400)]  # by image
     if init_from != 'resume':
         model, tok = make_model([' '.join(text) for group in groups for text in group])
     report_cut_texts(groups[:5000], model.cfg, tok)  # more would take minutes
-    train_set.size = val_set.size = int(1.4 * model.cfg.image_size)  # > image_size: augment crops
+    train_set.size = val_set.size = int(1.4 * model.cfg.image_size)  # more than image_size: augment crops
     model.to(where, memory_format=torch.channels_last)  # convolutions are faster in this format
     for module in model.modules():
         module.grad_checkpointing = grad_checkpointing
@@ -474,7 +476,7 @@ def main(argv=None):
                     print(f'{step},{time.time() - began:.1f},,{own:.5f},{swapped:.5f},{share:.4f}', file=log)
                 except UserError as e:  # no held-out image can be read
                     print(f'step {step}: not evaluated: {e}')
-            since += time.time() - pause
+            since += time.time() - pause  # this was not training time
         if last:
             break
 
@@ -538,12 +540,12 @@ if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop, Ctrl-C ends the run at once
     try:
         main()
-    except RuntimeError as e:  # of PyTorch's loader, wherever the run is when a worker dies
-        if 'DataLoader worker' not in str(e):
+    except RuntimeError as e:  # from PyTorch's loader, wherever the run is when a worker dies
+        if 'DataLoader worker (pid' not in str(e):
             raise
         sys.exit('train.py: a data loading process died, perhaps out of memory: try --num_workers=0')
     except UserError as e:
         if int(os.environ.get('RANK', 0)) > 0:  # rank 0 reports it, unless only this one failed
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which torchrun sends when rank 0 ends
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun sends it when rank 0 ends
             time.sleep(5)
         sys.exit(f'train.py: {e}')
