@@ -2555,6 +2555,17 @@ def test_five_percent_of_the_images_are_held_out_always_the_same(tmp_path, setti
 
     assert held_out[0] == held_out[1]
 
+def test_a_large_photo_is_reduced_but_no_side_below_the_size_that_is_needed(tmp_path):
+    Image.new('RGB', (4000, 300)).save(tmp_path / 'panorama.png')
+    Image.new('RGB', (1000, 900)).save(tmp_path / 'photo.png')
+    photos = data.CaptionedImages({'panorama.png': [('', 'x')], 'photo.png': [('', 'y')]}, str(tmp_path))
+    photos.size = 100
+
+    panorama, photo = (photos[i][0] for i in range(2))
+
+    assert panorama.size == (4000, 300)
+    assert photo.size == (250, 225)
+
 def test_missing_and_broken_images_are_reported_and_another_stands_in(tmp_path, settings, capfd):
     make_photos(tmp_path, 3)
     (tmp_path / '1.png').write_text('no picture')
