@@ -1645,7 +1645,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_runs_no_code(tmp_path, m
     assert not os.path.exists('executed')
 
 def test_a_missing_checkpoint_says_what_makes_one(tmp_path):
-    with pytest.raises(UserError, match='no checkpoint .*/ckpt.pt: `python train.py` makes one') as error:
+    with pytest.raises(UserError, match='no checkpoint at .*/ckpt.pt: run `python train.py`') as error:
         load_checkpoint(f'{tmp_path}/ckpt.pt')
 
     assert_one_line(error)
@@ -2293,7 +2293,7 @@ def test_help_lists_every_setting_with_its_comment(capsys):
     for name in names:
         assert re.search(rf'--{name}\b', text), name
     words = ' '.join(text.split())
-    assert 'images per forward pass, over all processes' in words
+    assert 'images per forward pass, across all processes' in words
     assert "'' = hold out 5% of dataset's images" in words
 
 def test_an_abbreviated_setting_is_refused(capsys):
@@ -4533,7 +4533,7 @@ def test_a_bad_picture_is_named_and_the_others_are_answered(folder, talk):
 
     assert code == 1
     assert 'bad.png' in errors
-    assert errors.count('\n') == 2  # and the progress
+    assert errors.count('\n') == 1
     assert printed == f'{folder}/b.png: {answer_of(folder, "b.png", "", 2)}\n'
 
 def test_without_an_image_a_scene_is_drawn_beside_the_checkpoint(folder, talk):
