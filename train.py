@@ -23,7 +23,7 @@ init_from = 'scratch'            # 'scratch', 'resume', a .pt, 'pretrained' or e
 eval_interval = 1000             # steps between evaluations; each also saves a checkpoint
 log_interval = 50                # steps between log lines
 eval_iters = 20                  # held-out batches for the validation loss
-eval_samples = 200               # held-out items to answer (on shapes, 15 times as many at the end); 0 = none
+eval_samples = 200               # held-out items to answer; on shapes, 15 times more at the end
 eval_only = False                # with init_from=resume: evaluate, then exit
 overwrite = False                # allow replacing the checkpoint and the log in out_dir
 dataset = 'shapes'               # 'shapes', a caption file (.csv .tsv .txt .jsonl .json) or folder
@@ -65,14 +65,14 @@ def find_device(device, dtype):
     try:
         where = torch.device(str(found) if device == 'auto' else device)
         if where.type == 'cuda':
-            torch.cuda.set_device(where.index or int(os.environ.get('LOCAL_RANK', 0)))  # one per process
+            torch.cuda.set_device(where.index or int(os.environ.get('LOCAL_RANK', 0)))
         torch.empty(1, device=where)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f'device={device} does not work here; PyTorch finds {found}') from e
     if dtype == 'auto':
         dtype = 'float32'
         if where.type == 'cuda':
-            dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+            dtype = 'bfloat16' if torch.cuda.is_bf16_supported(False) else 'float16'
         elif where.type == 'cpu' and torch.cpu.get_capabilities().get('avx512_bf16'):
             dtype = 'bfloat16'  # twice as fast on CPUs that support it, slow on others
     check(dtype in ('float32', 'bfloat16', 'float16'), f'dtype={dtype}: unknown; see --help')
@@ -113,7 +113,7 @@ class Batches(torch.utils.data.Dataset):
     def __init__(self, data, cfg, tokenizer, rank=0, world=1, augment=False):
         self.data, self.cfg, self.tokenizer = data, cfg, tokenizer
         self.share = slice(rank, None, world)
-        self.settings = (seed, batch_size, texts_per_image)  # a spawned worker sees only the defaults
+        self.settings = (seed, batch_size, texts_per_image)  # a spawned worker has only defaults
         self.transform = make_transform(cfg, augment)
 
     def __getitem__(self, n):
@@ -167,7 +167,7 @@ def report_cut_texts(groups, cfg, tokenizer):
         lengths = []
         for prompt, answer in texts:
             asked = len(encode_prompt(tokenizer, endless, prompt))
-            length = asked + len(encode_answer(tokenizer, cfg, answer)) - 1  # the last token is never fed in
+            length = asked + len(encode_answer(tokenizer, cfg, answer)) - 1  # the last isn't fed in
             lengths.append(length)
             if length > room or asked > room // 2:  # a prompt may fill half the room
                 cut += 1
@@ -228,7 +228,7 @@ def make_optimizers(model):
     for name, p in model.named_parameters():
         part = name.split('.')[0]
         p.requires_grad_(part not in frozen)
-        outer = re.search(r'embedding|latents|stem\.(0\.)?weight|layers\.0\.weight', name)  # layers: ResNet
+        outer = re.search(r'embedding|latents|stem\.(0\.)?weight|layers\.0\.weight', name)
         hidden = p.dim() > 1 and not outer
         shape = p.flatten(1).shape if hidden and optimizer == 'muon' else None
         if p.requires_grad:
@@ -291,7 +291,7 @@ def draw_samples(model, tok, items, path):
     for image, [(prompt, truth)] in items:
         pixels = make_transform(model.cfg)(image)[None].to(where)
         ids = torch.tensor([encode_prompt(tok, model.cfg, prompt)], device=where)
-        row = model.generate(pixels, ids, 150, temperature=0, stop=tok.end)[0]  # a tile shows fewer tokens
+        row = model.generate(pixels, ids, 150, temperature=0, stop=tok.end)[0]  # a tile shows less
         said = tok.decode(row[ids.size(1) :].tolist()).strip()
         color = 'green' if said == truth.strip() else 'firebrick'
         lines = [(line, 'black') for line in textwrap.wrap(prompt, 25)[:4]]
@@ -307,8 +307,9 @@ def evaluate(model, batches, step, last, device):
     own = swapped = count = 0
     for images, ids, targets, positions in load(batches, range(eval_iters), device):
         n = (targets != -100).sum().item()
+        # swapped: each text with the image of its neighbor in the batch
         own += n * model(images, ids, targets, positions)[1].item()
-        swapped += n * model(images.roll(1, 0), ids, targets, positions)[1].item()  # a neighbor's image
+        swapped += n * model(images.roll(1, 0), ids, targets, positions)[1].item()
         count += n
     own, swapped, share = own / count, swapped / count, math.nan
     gain = f'with images swapped {swapped:.4f}, image gain {swapped - own:.4f}'
@@ -323,7 +324,7 @@ def evaluate(model, batches, step, last, device):
         share = exact_answers(model, tok, choose_items(data, n, 'question'), 'questions')
     elif eval_samples:
         share = exact_answers(model, tok, choose_items(data, eval_samples), 'held-out items')
-    pictures = Shapes('val', seed, pixels=624) if dataset == 'shapes' else data  # the same scenes, sharper
+    pictures = Shapes('val', seed, pixels=624) if dataset == 'shapes' else data  # sharper
     draw_samples(model, tok, choose_items(pictures, 6), os.path.expanduser(f'{out_dir}/samples.png'))
     return own, swapped, share
 
@@ -403,7 +404,7 @@ def main(argv=None):
     if rank > 0:  # only rank 0 prints
         sys.stdout = open(os.devnull, 'w')
     if world > 1:
-        dist.init_process_group(timeout=datetime.timedelta(hours=2))  # others wait while rank 0 evaluates
+        dist.init_process_group(timeout=datetime.timedelta(hours=2))  # while rank 0 evaluates
         atexit.register(dist.destroy_process_group)  # or its threads may abort the process at exit
     precision = torch.autocast(where.type, getattr(torch, dtype), enabled=dtype != 'float32')
     scaler = torch.amp.GradScaler(where.type, enabled=dtype == 'float16')
@@ -414,11 +415,11 @@ def main(argv=None):
     train_set, val_set = make_datasets()
     in_batch = min(batch_size, train_set.n_images)
     check(in_batch >= world, f'{in_batch} images per batch: each of the {world} processes needs at least one')
-    groups = train_set.texts if dataset != 'shapes' else [train_set[i][1] for i in range(400)]  # by image
+    groups = train_set.texts if dataset != 'shapes' else [train_set[i][1] for i in range(400)]
     if init_from != 'resume':
         model, tok = make_model([' '.join(text) for group in groups for text in group])
     report_cut_texts(groups[:5000], model.cfg, tok)  # more would take minutes
-    train_set.size = val_set.size = int(1.4 * model.cfg.image_size)  # more than image_size: augment crops
+    train_set.size = val_set.size = int(1.4 * model.cfg.image_size)  # room for augment's crops
     model.to(where, memory_format=torch.channels_last)  # convolutions are faster in this format
     for module in model.modules():
         module.grad_checkpointing = grad_checkpointing

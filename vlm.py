@@ -280,7 +280,7 @@ def pixel_shuffle(x, f):
     return x.reshape(B, g * g, f * f * C)
 
 class MultimodalProjection(nn.Module):
-    # to add one: an elif here and in forward, its name in VLMConfig.projection, its token count in n_visual
+    # to add one: build it here, call it in forward, name it in VLMConfig.projection, count it in n_visual
     def __init__(self, cfg, n_in):
         super().__init__()
         self.kind, self.factor = cfg.projection, cfg.factor
@@ -352,7 +352,7 @@ class MinimalVLM(nn.Module):
                 nn.init.zeros_(module.bias)
         for stack in self.modules():
             for block in getattr(stack, 'blocks', []):  # only a Transformer has blocks
-                for layer in (block.attn.out, block.mlp.down):  # smaller: x sums them all
+                for layer in (block.attn.out, block.mlp.down):  # smaller: all add up in x
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
         # in self-attention (not the Perceiver) q and k start equal, so similar tokens have a large q.k:
         # small models learn sooner to ground words in the image (mimetic initialization, arXiv 2305.09828)
@@ -388,13 +388,13 @@ class MinimalVLM(nn.Module):
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
         h = h[is_scored]
-        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # oneDNN compiles per length
+        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # fewer lengths: oneDNN compiles each
         logits = self.decoder.head(padded)[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
     @torch.inference_mode()
     def stream(self, images, ids, max_new_tokens=50, temperature=1.0, top_p=1.0, top_k=0, stop=-1):
-        """Yields the next tokens (B,1). Call eval() first. ids (B,T): prompts of one length. images:
+        """Yields the next tokens (B,1). Call eval() first. ids (B,T): prompts of equal length. images:
         (B,3,P,P), (1,3,P,P) for all B, or None. A row that yields stop (-1: none) repeats it."""
         x = self.embed(images, ids)
         caches = [KVCache() for _ in self.decoder.transformer.blocks]
@@ -447,7 +447,7 @@ def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
         return logits.argmax(dim=-1, keepdim=True)
     logits, ids = logits.float().sort(dim=-1, descending=True)
     logits = logits[..., : top_k or None]  # [: None] keeps all
-    logits = (logits - logits[..., :1]) / max(temperature, 1e-30)  # <= 0: never inf
+    logits = (logits - logits[..., :1]) / max(temperature, 1e-30)  # the largest is 0: never inf
     probs = F.softmax(logits, dim=-1)
     if p < 1:
         # drop a token if those before it already sum to p, so the crossing token stays
@@ -462,8 +462,8 @@ def read_table(text):
     return {column: {row[0]: row[i] for row in rows} for i, column in enumerate(header) if i > 0}
 
 # Our layers and their names in public files; .weight or .bias follows, except after position_embedding.
-# #: block number; -: none; .T: its weight is stored transposed; [i]: third i of q, k and v in one tensor. So
-# GPT-2's h.2.attn.c_attn.bias has blocks.2.attn.q.bias, k.bias and v.bias; h.2.attn.bias, a mask, is UNUSED
+# #: block number; -: none; .T: its weight is stored transposed; [i]: third i of a tensor that joins q, k, v.
+# GPT-2's h.2.attn.c_attn.bias holds q.bias, k.bias and v.bias of block 2; h.2.attn.bias, a mask, is UNUSED
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
 stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
@@ -538,7 +538,7 @@ def fetch(name, file, only_check=False):
     def show(blocks, size, total):  # every 5 % of a large file
         if total > 10**7 and blocks % (total // size // 20) == 0:
             print(f'{url}: {blocks * size / 1e6:.0f} of {total / 1e6:.0f} MB', file=sys.stderr)
-    for last in (False, False, True):  # up to three attempts, until the file exists
+    for last in (False, False, True):  # three attempts; once the file exists, the rest do nothing
         if not os.path.exists(path):
             try:
                 if only_check:
@@ -577,9 +577,9 @@ def read_config(name):
     for column, part, base in BASES:
         if column.startswith(kind):  # nanoVLM has two columns, vision and text
             found = {field: c[key] for field, key in CONFIG_NAMES[column].items() if c.get(key) is not None}
-            of_stack = {field: value for field, value in found.items() if hasattr(base, field)}
-            of_model = {field: value for field, value in found.items() if field not in of_stack}
-            config = config | of_model | {part: replace(base, **of_stack)}  # later ones win
+            for_part = {field: value for field, value in found.items() if hasattr(base, field)}
+            for_model = {field: value for field, value in found.items() if field not in for_part}
+            config = config | for_model | {part: replace(base, **for_part)}  # later ones win
     return config
 
 def read_safetensors(path):
@@ -608,7 +608,7 @@ def published_name(name, table):
     row, _, suffix = name.removeprefix('transformer.').rpartition('.')  # blocks.3.attn.k, weight
     number = ''.join(re.findall(r'\.(\d+)\.', row))  # '3', or '' outside the blocks
     layer = table.get(re.sub(r'\.\d+\.', '.#.', row), '-')  # h.#.attn.c_attn.T[1]
-    cell = table.get(name, f'{layer}.{suffix}')  # position_embedding is a whole name
+    cell = table.get(name, f'{layer}.{suffix}')  # position_embedding's row has no suffix to add
     theirs = re.sub(r'\.T|\[\d\]', '', cell).replace('#', number)
     return theirs, '.T' in cell and suffix == 'weight', re.findall(r'\[(\d)\]', cell)
 
@@ -620,7 +620,7 @@ def load_weights(model, path):
         tensors.setdefault('decoder.token_embedding.weight', head)
     used = set()
     for part, table in [(part, table) for part in NAMES for table in NAMES[part].values()]:
-        if list(table.values())[-1] + '.weight' not in tensors:  # its last layer is absent
+        if list(table.values())[-1] + '.weight' not in tensors:  # last row: part not in file
             continue
         for name, parameter in getattr(model, part).named_parameters():
             theirs, transpose, third = published_name(name, table)
@@ -631,7 +631,7 @@ def load_weights(model, path):
             if third:
                 tensor = tensor.chunk(3)[int(third[0])]
             if name == 'position_embedding':
-                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # or (1,n,C)
+                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # (1,n,C) too
             check(tensor.shape == parameter.shape, f'{path}: {theirs} must be {list(parameter.shape)}')
             parameter.data.copy_(tensor)
             used.add(theirs)
@@ -676,7 +676,7 @@ def load_checkpoint(path, device='cpu'):
 
 # 9. Tokenizers ----------------------------------------------------------------------------------------
 END = '<|endoftext|>'
-# how text is split before BPE. For SmolLM2 each digit, and the spaces before it, are pieces of their own
+# how text is split before BPE. PIECES (SmolLM2's, ours) splits off every digit, and spaces before digits
 PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -721,7 +721,7 @@ class Tokenizer:
         required = dict(add_prefix_space=False, use_regex=True, individual_digits=True)
         supported = all(step.get(key, value) == value for step in steps for key, value in required.items())
         check(pieces and supported and not data.get('normalizer'), f'{path}: unsupported pre-tokenizer')
-        ids = [vocab.get(''.join(m).replace(' ', ''), -1) for m in model['merges']]  # m: 'a b', [a, b]
+        ids = [vocab.get(''.join(m).replace(' ', ''), -1) for m in model['merges']]  # 'a b' or [a, b]
         check(END in special and ids == sorted(ids), f'{path}: no {END}, or ids not in merge order')
         # undo GPT-2's alphabet: printable bytes map to themselves, the rest to chr(256) upwards
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -750,16 +750,16 @@ def learn_bpe(texts, vocab_size):
             word, n = words[i]
             for j in range(len(word) - 1):  # word shrinks: the last slices are too short to match
                 if tuple(word[j : j + 2]) == pair:
-                    before = max(0, j - 1)
-                    count(i, word[before : j + 3], -n)  # uncount its pairs, neighbors included
+                    before = max(0, j - 1)  # the left neighbor, if any
+                    count(i, word[before : j + 3], -n)  # uncount left-a, a-b and b-right
                     word[j : j + 2] = [joined]
-                    count(i, word[before : j + 2], n)  # count the new ones
+                    count(i, word[before : j + 2], n)  # count left-ab and ab-right
     for i, (word, n) in enumerate(words):
         count(i, word, n)
     while len(tokens) < vocab_size and max(pairs.values(), default=0) > 1:
         highest = max(pairs.values())
-        for pair in [pair for pair, n in pairs.items() if n == highest]:  # all ties of one search
-            if pairs[pair] == highest and len(tokens) < vocab_size:  # not reduced meanwhile
+        for pair in [pair for pair, n in pairs.items() if n == highest]:  # all ties
+            if pairs[pair] == highest and len(tokens) < vocab_size:  # not reduced by an earlier tie
                 join(pair)
     return tokens
 
@@ -798,7 +798,7 @@ def encode_prompt(tokenizer, cfg, prompt):
     ids = tokenizer.encode(cfg.prompt_template.replace('{}', prompt))
     limit = (cfg.block_size - cfg.n_visual) // 2
     if len(ids) > limit:
-        after = tokenizer.encode(cfg.prompt_template.split('{}')[1])  # kept: the answer follows
+        after = tokenizer.encode(cfg.prompt_template.split('{}')[1])  # the template's end is kept
         ids = ids[: max(0, limit - len(after))] + after[-limit:]
     return ids
 
