@@ -5,6 +5,7 @@ Every test holds the code against something outside it: another implementation, 
 way.
 """
 import csv
+import gc
 import http.server
 import json
 import math
@@ -3098,9 +3099,10 @@ def test_workers_leave_no_open_files_behind(settings):
 
     for _ in range(4):
         assert len(list(train.load(batches, range(2), torch.device('cpu')))) == 2
+        gc.collect()  # what earlier tests left
         open_files.append(len(os.listdir('/proc/self/fd')))
 
-    assert open_files[1] == open_files[3]
+    assert open_files[3] <= open_files[0]
 
 def test_the_error_of_a_worker_comes_without_its_traceback(tmp_path, settings):
     class Broken:
