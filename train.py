@@ -324,7 +324,8 @@ def evaluate(model, batches, step, last, device):
         share = exact_answers(model, tok, choose_items(data, n, 'question'), 'questions')
     elif eval_samples:
         share = exact_answers(model, tok, choose_items(data, eval_samples), 'held-out items')
-    pictures = Shapes('val', seed, pixels=624) if dataset == 'shapes' else data  # sharper
+    # the same scenes, drawn sharper
+    pictures = Shapes('val', seed, pixels=624) if dataset == 'shapes' else data
     draw_samples(model, tok, choose_items(pictures, 6), os.path.expanduser(f'{out_dir}/samples.png'))
     return own, swapped, share
 
@@ -404,7 +405,8 @@ def main(argv=None):
     if rank > 0:  # only rank 0 prints
         sys.stdout = open(os.devnull, 'w')
     if world > 1:
-        dist.init_process_group(timeout=datetime.timedelta(hours=2))  # while rank 0 evaluates
+        # the other processes wait while rank 0 evaluates
+        dist.init_process_group(timeout=datetime.timedelta(hours=2))
         atexit.register(dist.destroy_process_group)  # or its threads may abort the process at exit
     precision = torch.autocast(where.type, getattr(torch, dtype), enabled=dtype != 'float32')
     scaler = torch.amp.GradScaler(where.type, enabled=dtype == 'float16')

@@ -369,7 +369,7 @@ class MinimalVLM(nn.Module):
             pixels = transforms.functional.normalize(pixels, self.cfg.image_mean, self.cfg.image_std)
             visual = self.projection(self.vision(pixels))  # (B,N,C) or (1,N,C)
             x = torch.cat([visual.expand(len(ids), -1, -1), x], dim=1)  # (B,N+T,C)
-        check(0 < x.size(1) <= self.cfg.block_size, 'must be 1 to block_size tokens in all')
+        check(0 < x.size(1) <= self.cfg.block_size, 'the sequence must have 1 to block_size tokens')
         return x
 
     def forward(self, images, ids, targets=None, positions=None):
@@ -388,7 +388,7 @@ class MinimalVLM(nn.Module):
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
         h = h[is_scored]
-        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # fewer lengths: oneDNN compiles each
+        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # few lengths: oneDNN compiles for each
         logits = self.decoder.head(padded)[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
@@ -579,7 +579,7 @@ def read_config(name):
             found = {field: c[key] for field, key in CONFIG_NAMES[column].items() if c.get(key) is not None}
             for_part = {field: value for field, value in found.items() if hasattr(base, field)}
             for_model = {field: value for field, value in found.items() if field not in for_part}
-            config = config | for_model | {part: replace(base, **for_part)}  # later ones win
+            config = config | for_model | {part: replace(base, **for_part)}  # the right wins
     return config
 
 def read_safetensors(path):
@@ -613,14 +613,14 @@ def published_name(name, table):
     return theirs, '.T' in cell and suffix == 'weight', re.findall(r'\[(\d)\]', cell)
 
 def load_weights(model, path):
-    """Loads each part in NAMES that the file has, completely or not at all. Other parts are unchanged."""
+    """Loads each part in NAMES that the file has; such a part must be complete. Others are unchanged."""
     tensors = {re.sub(PREFIX, '', name): x for name, x in read_safetensors(path).items()}
     head = tensors.pop('lm_head.weight', tensors.pop('decoder.head.weight', None))  # Llama, nanoVLM
     if head is not None and 'decoder.norm.weight' in tensors:  # nanoVLM may store only the head
         tensors.setdefault('decoder.token_embedding.weight', head)
     used = set()
     for part, table in [(part, table) for part in NAMES for table in NAMES[part].values()]:
-        if list(table.values())[-1] + '.weight' not in tensors:  # last row: part not in file
+        if list(table.values())[-1] + '.weight' not in tensors:  # absent: so is the part
             continue
         for name, parameter in getattr(model, part).named_parameters():
             theirs, transpose, third = published_name(name, table)
