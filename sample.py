@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as TF
 from data import Shapes, contact_sheet, find_pictures, open_table, read_pictures
 from train import check_compiler, find_device
 from vlm import MinimalVLM, Tokenizer, UserError, check, encode_answer, encode_prompt
-from vlm import load_checkpoint, open_image, override
+from vlm import load_checkpoint, open_image, override, read_config
 
 # settings ---------------------------------------------------------------------------------------------
 out_dir = 'out'                  # folder with the ckpt.pt of train.py
@@ -53,6 +53,7 @@ def load_model(where):
             report('this model only knows drawn shapes, and questions in lower case with a ? at the end; for '
                    f'photos: python sample.py --init_from=nanovlm-222m --image="{image or "cat.jpg"}"')
         return model, tok
+    check({'encoder', 'text'} <= {*read_config(path)}, f'{path} is only part of a model; see README')
     model = MinimalVLM.from_pretrained(path).to(where)
     return model, Tokenizer.make(path if os.path.exists(f'{path}/tokenizer.json') else model.cfg.tokenizer)
 

@@ -4102,6 +4102,19 @@ def test_a_run_resumed_between_log_lines_logs_the_mean_of_its_own_steps(tmp_path
     [logged] = [float(row['loss']) for row in read_log(tmp_path / 'out') if row['loss']]
     assert logged == pytest.approx(sum(losses[1:]) / 2, abs=2e-5)
 
+def test_the_rows_of_steps_that_are_done_again_leave_the_log(tmp_path, run):
+    options = [*QUICK, *SMALL, '--log_interval=1', '--eval_interval=3']
+    run(*options, '--max_iters=3')
+    shutil.copy(tmp_path / 'out' / 'ckpt.pt', tmp_path)
+    run('--init_from=resume', '--max_iters=5')
+    os.replace(tmp_path / 'ckpt.pt', tmp_path / 'out' / 'ckpt.pt')  # as if killed after step 5
+
+    run('--init_from=resume', '--max_iters=6')
+
+    rows = read_log(tmp_path / 'out')
+    assert [row['step'] for row in rows if row['loss']] == ['1', '2', '3', '4', '5', '6']
+    assert [row['step'] for row in rows if row['val_loss']] == ['3', '6']
+
 def test_a_run_that_fails_leaves_the_checkpoint_of_its_last_evaluation(tmp_path, run, monkeypatch):
     spoil(monkeypatch, steps=range(3, 23))
 
@@ -4638,6 +4651,15 @@ def test_public_weights_in_a_folder_come_with_its_tokenizer(hub, tmp_path, monke
 
     assert model.cfg == NANO
     assert tok.encode('the cat 12') == theirs.encode('the cat 12').ids
+
+@pytest.mark.parametrize('kind', ['siglip', 'gpt2'])
+def test_a_part_of_a_model_is_not_asked(folder, tmp_path, talk, kind):
+    write_published(kind, tmp_path)
+
+    with pytest.raises(UserError, match='only part of a model') as error:
+        talk(f'--init_from={tmp_path}', f'--image={folder}/a.png')
+
+    assert_one_line(error)
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_the_model_computes_in_the_dtype_that_is_asked_for(folder, talk, monkeypatch, dtype):

@@ -444,9 +444,13 @@ def main(argv=None):
     stream = load(batches, range(step * gradient_accumulation_steps, 10**9), where)  # endless
 
     # 6. the log; a signal stops the run after its step
-    log = open(f'{folder}/log.csv' if rank == 0 else os.devnull, 'a' if step else 'w', buffering=1)
-    if step == 0:
-        print('step,seconds,loss,val_loss,val_loss_swapped,exact', file=log)
+    log_path = f'{folder}/log.csv' if rank == 0 else os.devnull
+    rows = ['step,seconds,loss,val_loss,val_loss_swapped,exact\n']
+    if step and os.path.exists(log_path):  # keep the rows up to the last save; those after it are redone
+        with open(log_path) as f:
+            rows += [row for row in f if row[0].isdigit() and int(row.split(',')[0]) <= step]
+    log = open(log_path, 'w', buffering=1)
+    log.writelines(rows)
     stopped = []
     def stop(number, frame):
         stopped.append(number)
