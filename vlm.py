@@ -8,9 +8,9 @@ A minimal vision-language model: an image and a question go in, words come out.
     [ v1 v2 ... vN ]  ------ one sequence ------ [ t1 t2 ... tT ]
                                    | LanguageDecoder: causal; the image comes first, so all text sees it
                              logits (T,V) -> sample_top_p -> the next token, and repeat
-Training: _, loss = model(images, ids, targets); loss.backward(); optimizer.step(). See train.py.
-Shapes: B batch, P pixels per side, N visual and T text tokens, S = N + T in all, V vocabulary, C channels in
-the decoder, C' in the encoder. In attention: T queries, S keys, H heads, G key/value heads, D channels each.
+Sections 1 to 7 are the model; the rest loads, saves and prepares its inputs. train.py trains it.
+Shapes: B batch, P pixels per side, N visual and T text tokens, S = N + T, V vocabulary, C decoder channels,
+C' encoder channels. In attention: T queries of any kind, S keys, H heads, G key/value heads, D channels each.
 """
 import argparse, codecs, contextlib, difflib, json, math, mmap, os, re, sys, urllib.request, warnings
 from collections import Counter, defaultdict
@@ -125,14 +125,14 @@ def make_norm(cfg):
 def rope_angles(cfg, pos):
     """Cosine and sine of each channel pair's rotation angle at positions pos, (S,) or (B,S)."""
     D = cfg.n_embd // cfg.n_head
-    exponent = torch.arange(0, D, 2, device=pos.device) / D  # one per pair, from 0 to almost 1
+    exponent = torch.arange(0, D, 2, device=pos.device) / D  # 2i/D for pair i, from 0 to almost 1
     angle = pos[..., None] * cfg.rope_base**-exponent  # (...,S,D/2), later pairs rotate more slowly
-    return torch.stack([angle.cos(), angle.sin()]).unsqueeze(-3)  # (2,1,S,D/2) or (2,B,1,S,D/2)
+    return torch.stack([angle.cos(), angle.sin()]).unsqueeze(-3)  # (2,[B,]1,S,D/2), 1 for all heads
 
 def apply_rope(x, rope):
     """Rotary position embedding (arXiv 2104.09864): rotates the channel pairs (i, i + D/2) of queries or keys
     x (B,H,T,D), so positions affect q.k only by their distance. (The paper pairs 2i with 2i + 1.)"""
-    cos, sin = rope.to(x.dtype)
+    cos, sin = rope.to(x.dtype)  # each ([B,]1,S,D/2)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -145,7 +145,7 @@ def attend(q, k, v, mask=None):
     att = F.softmax(att, dim=-1)
     return att @ v, att  # (B,H,T,S) x (B,H,S,D) -> (B,H,T,D)
 
-def avoid_fused_attention(q):  # its bf16 backward is slow on CPUs; PyTorch < 2.13 has bugs on MPS
+def avoid_fused_attention(q):  # fused: all in one call. Slow bf16 backward on CPUs, bugs on old MPS
     slow_on_cpu = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad
     return slow_on_cpu or (q.is_mps and torch.__version__ < (2, 13))  # a TorchVersion, not a str
 
@@ -280,7 +280,7 @@ def pixel_shuffle(x, f):
     return x.reshape(B, g * g, f * f * C)
 
 class MultimodalProjection(nn.Module):
-    # to add one: build it here, call it in forward, name it in VLMConfig.projection, count it in n_visual
+    # to add one: name it in VLMConfig.projection, count it in n_visual, build and call it below
     def __init__(self, cfg, n_in):
         super().__init__()
         self.kind, self.factor = cfg.projection, cfg.factor
@@ -308,7 +308,7 @@ class LanguageDecoder(nn.Module):
     input_norm scales visual and text embeddings alike, to mean 0 and std 1: small models learn sooner."""
     def __init__(self, cfg):
         super().__init__()
-        self.cfg = cfg.text
+        self.cfg = cfg.text  # a TransformerConfig; the whole model's cfg is a VLMConfig
         C = cfg.text.n_embd
         self.embedding = nn.Embedding(cfg.vocab_size, C)  # its weight is also the output head: tied
         self.input_norm = nn.LayerNorm(C, elementwise_affine=False) if cfg.input_norm else nn.Identity()
@@ -350,8 +350,8 @@ class MinimalVLM(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        for stack in self.modules():
-            for block in getattr(stack, 'blocks', []):  # only a Transformer has blocks
+        for stack in [module for module in self.modules() if isinstance(module, Transformer)]:
+            for block in stack.blocks:
                 for layer in (block.attn.out, block.mlp.down):  # smaller: all add up in x
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
         # in self-attention (not the Perceiver) q and k start equal, so similar tokens have a large q.k:
@@ -378,7 +378,7 @@ class MinimalVLM(nn.Module):
         Without targets -> logits (B,T,V), None. Else logits (n_scored,V), loss (nats per token)."""
         x = self.embed(images, ids)  # (B,S,C)
         N = x.size(1) - ids.size(1)
-        pos = torch.arange(x.size(1), device=x.device)  # each token's place in the sequence, (S,)
+        pos = torch.arange(x.size(1), device=x.device)  # places, the image's included, (S,)
         mask = None
         if positions is not None:  # packed: every text starts at place N, right after the image
             pos = torch.cat([pos[:N].expand(ids.size(0), -1), N + positions], dim=1)  # (B,S)
@@ -388,7 +388,7 @@ class MinimalVLM(nn.Module):
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
         h = h[is_scored]
-        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # few lengths: oneDNN compiles for each
+        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # for speed: oneDNN compiles for each length
         logits = self.decoder.head(padded)[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
@@ -410,7 +410,7 @@ class MinimalVLM(nn.Module):
                 return
             x = self.decoder.embedding(token)
             pos = pos[-1:] + 1
-    def generate(self, images, ids, max_new_tokens=50, **options):  # -> (B,T+new), prompts included
+    def generate(self, images, ids, max_new_tokens=50, **options):  # -> (B,T+new), at most block_size
         return torch.cat([ids, *self.stream(images, ids, max_new_tokens, **options)], dim=1)
 
     @torch.inference_mode()
@@ -620,7 +620,7 @@ def load_weights(model, path):
         tensors.setdefault('decoder.token_embedding.weight', head)
     used = set()
     for part, table in [(part, table) for part in NAMES for table in NAMES[part].values()]:
-        if list(table.values())[-1] + '.weight' not in tensors:  # absent: so is the part
+        if list(table.values())[-1] + '.weight' not in tensors:  # no final norm: part absent
             continue
         for name, parameter in getattr(model, part).named_parameters():
             theirs, transpose, third = published_name(name, table)
@@ -815,7 +815,7 @@ def collate(items, cfg, tokenizer, transform):
         for prompt, answer in texts:
             prompt_ids = encode_prompt(tokenizer, cfg, prompt)
             text = prompt_ids + encode_answer(tokenizer, cfg, answer)
-            # only answers are scored; shifted here, so that no text's end predicts the next one's start
+            # p1 p2 a END -> ids p1 p2 a, targets -100 a END: only answers are scored; shifted per text
             targets = [-100] * (len(prompt_ids) - 1) + text[len(prompt_ids) :]
             row += zip(text[:-1], targets, range(len(targets)))
         rows.append(row[:room])
