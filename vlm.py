@@ -127,12 +127,12 @@ def rope_angles(cfg, pos):
     D = cfg.n_embd // cfg.n_head
     exponent = torch.arange(0, D, 2, device=pos.device) / D  # 2i/D for pair i, from 0 to almost 1
     angle = pos[..., None] * cfg.rope_base**-exponent  # (...,S,D/2), later pairs rotate more slowly
-    return torch.stack([angle.cos(), angle.sin()]).unsqueeze(-3)  # (2,[B,]1,S,D/2), 1 for all heads
+    return torch.stack([angle.cos(), angle.sin()]).unsqueeze(-3)  # (2,1,S,D/2) or (2,B,1,S,D/2)
 
 def apply_rope(x, rope):
     """Rotary position embedding (arXiv 2104.09864): rotates the channel pairs (i, i + D/2) of queries or keys
-    x (B,H,T,D), so positions affect q.k only by their distance. (The paper pairs 2i with 2i + 1.)"""
-    cos, sin = rope.to(x.dtype)  # each ([B,]1,S,D/2)
+    x (B,H,T,D), so positions affect q.k only through their distance. (The paper pairs 2i with 2i + 1.)"""
+    cos, sin = rope.to(x.dtype)  # each (1,S,D/2) or (B,1,S,D/2), the same for all heads
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -145,7 +145,7 @@ def attend(q, k, v, mask=None):
     att = F.softmax(att, dim=-1)
     return att @ v, att  # (B,H,T,S) x (B,H,S,D) -> (B,H,T,D)
 
-def avoid_fused_attention(q):  # fused: all in one call. Slow bf16 backward on CPUs, bugs on old MPS
+def avoid_fused_attention(q):  # SDPA: slow bf16 backward on CPUs, bugs on older MPS
     slow_on_cpu = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad
     return slow_on_cpu or (q.is_mps and torch.__version__ < (2, 13))  # a TorchVersion, not a str
 
@@ -273,7 +273,7 @@ class ResNetEncoder(nn.Module):  # torchvision's, without pooling and classifier
 
 # 4. Projection: from vision features to visual tokens of the decoder's width --------------------------
 def pixel_shuffle(x, f):
-    """f x f cells become one wide cell, the reverse of torch's pixel_shuffle. (B,L,C) -> (B,L/f^2,f*f*C)"""
+    """f x f cells become one, like pixel_unshuffle, but channels last. (B,L,C) -> (B,L/f^2,f*f*C)"""
     B, L, C = x.shape
     g = math.isqrt(L) // f  # wide cells per side
     x = x.view(B, g, f, g, f, C).transpose(2, 3)  # (B,i,di,j,dj,C) -> (B,i,j,di,dj,C)
@@ -289,10 +289,10 @@ class MultimodalProjection(nn.Module):
             self.proj = nn.Sequential(nn.Linear(n_in, n_hidden), nn.GELU(), nn.Linear(n_hidden, n_out))
         else:  # one linear map; as in nanoVLM, pixel_shuffle has no bias
             self.proj = nn.Linear(n_in, n_out, bias=self.kind != 'pixel_shuffle')
-        if self.kind == 'perceiver':  # Flamingo's (arXiv 2204.14198); attends to features only
+        if self.kind == 'perceiver':  # Flamingo's (arXiv 2204.14198), but on features only
             self.norm = make_norm(cfg.text)  # for the features: the blocks normalize only the latents
             self.latents = nn.Parameter(0.02 * torch.randn(cfg.n_latents, n_out))
-            self.resampler = Transformer(replace(cfg.text, n_layer=2))  # not causal, no RoPE
+            self.resampler = Transformer(replace(cfg.text, n_layer=2))  # not causal; gets no rope
     def forward(self, x):
         """Features (B,grid*grid,C') -> visual tokens (B,N,C)."""
         if self.kind == 'pixel_shuffle':
@@ -305,7 +305,7 @@ class MultimodalProjection(nn.Module):
 # 5. Language decoder ----------------------------------------------------------------------------------
 class LanguageDecoder(nn.Module):
     """GPT-2 or Llama (arXiv 2302.13971), by config. Takes embeddings, since visual tokens have no ids.
-    input_norm scales visual and text embeddings alike, to mean 0 and std 1: small models learn sooner."""
+    input_norm normalizes visual and text embeddings alike (mean 0, std 1): small models learn sooner."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg.text  # a TransformerConfig; the whole model's cfg is a VLMConfig
@@ -352,7 +352,7 @@ class MinimalVLM(nn.Module):
                 nn.init.zeros_(module.bias)
         for stack in [module for module in self.modules() if isinstance(module, Transformer)]:
             for block in stack.blocks:
-                for layer in (block.attn.out, block.mlp.down):  # smaller: all add up in x
+                for layer in (block.attn.out, block.mlp.down):  # smaller: each adds to x
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
         # in self-attention (not the Perceiver) q and k start equal, so similar tokens have a large q.k:
         # small models learn sooner to ground words in the image (mimetic initialization, arXiv 2305.09828)
@@ -378,9 +378,9 @@ class MinimalVLM(nn.Module):
         Without targets -> logits (B,T,V), None. Else logits (n_scored,V), loss (nats per token)."""
         x = self.embed(images, ids)  # (B,S,C)
         N = x.size(1) - ids.size(1)
-        pos = torch.arange(x.size(1), device=x.device)  # places, the image's included, (S,)
+        pos = torch.arange(x.size(1), device=x.device)  # indices in the sequence, (S,)
         mask = None
-        if positions is not None:  # packed: every text starts at place N, right after the image
+        if positions is not None:  # packed: each text restarts at N, right after the image
             pos = torch.cat([pos[:N].expand(ids.size(0), -1), N + positions], dim=1)  # (B,S)
             mask = packed_mask(positions, N)
         h = self.decoder(x, pos, mask)[:, N:]  # (B,T,C), without the visual positions
@@ -388,7 +388,7 @@ class MinimalVLM(nn.Module):
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
         h = h[is_scored]
-        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # for speed: oneDNN compiles for each length
+        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # few lengths: oneDNN compiles for each
         logits = self.decoder.head(padded)[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
@@ -410,12 +410,12 @@ class MinimalVLM(nn.Module):
                 return
             x = self.decoder.embedding(token)
             pos = pos[-1:] + 1
-    def generate(self, images, ids, max_new_tokens=50, **options):  # -> (B,T+new), at most block_size
+    def generate(self, images, ids, max_new_tokens=50, **options):  # -> (B,T+new): ids, then new
         return torch.cat([ids, *self.stream(images, ids, max_new_tokens, **options)], dim=1)
 
     @torch.inference_mode()
     def score(self, image, prompt, choices):
-        """Log-probabilities (n,) of choices: ids (L_i,) ending in end-of-text. image (3,P,P), prompt (T,)"""
+        """Log-probabilities (n,) of n choices, each ids (L_i,) with END. image (3,P,P), prompt ids (T,)"""
         answers = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-100)  # (n,L)
         ids = torch.cat([prompt.expand(len(choices), -1), answers.clamp(min=0)], dim=1)  # (n,T+L)
         logits, _ = self(image[None], ids)  # (n,T+L,V); those at t predict token t + 1
@@ -462,7 +462,7 @@ def read_table(text):
     return {column: {row[0]: row[i] for row in rows} for i, column in enumerate(header) if i > 0}
 
 # Our layers and their names in public files; .weight or .bias follows, except after position_embedding.
-# #: block number; -: none; .T: its weight is stored transposed; [i]: third i of a tensor that joins q, k, v.
+# #: block number; -: none; .T: its weight is stored transposed; [0], [1], [2]: a third of a joined q, k, v.
 # GPT-2's h.2.attn.c_attn.bias holds q.bias, k.bias and v.bias of block 2; h.2.attn.bias, a mask, is UNUSED
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
@@ -527,11 +527,11 @@ ALIASES = {'siglip-b-16': 'google/siglip-base-patch16-224', 'gpt2': 'openai-comm
            'smollm2-135m': 'HuggingFaceTB/SmolLM2-135M', 'nanovlm-222m': 'lusxvr/nanoVLM-222M'}
 
 def fetch(name, file, only_check=False):
-    """Path of a file in a folder or a Hugging Face repository; downloads it, or only looks for it."""
+    """Path of a file in a folder or a Hugging Face repository; downloads it, or only checks for it."""
     if os.path.isdir(os.path.expanduser(name)):
         return os.path.join(os.path.expanduser(name), file)
     repository = ALIASES.get(name, name)
-    known = re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', repository)
+    known = re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', repository)
     check(known, f'{name} is not a folder, an owner/name repository or one of {list(ALIASES)}')
     url = f'{os.environ.get("HF_ENDPOINT", "https://huggingface.co")}/{repository}/resolve/main/{file}'
     path = os.path.join(torch.hub.get_dir(), 'vlm', repository, file)
@@ -605,10 +605,10 @@ def read_safetensors(path):
 def published_name(name, table):
     """What a file calls our parameter, whether to transpose it, and which third of it to take ([]: all).
     In GPT-2's column, transformer.blocks.3.attn.k.bias is h.3.attn.c_attn.bias, False, ['1']."""
-    row, _, suffix = name.removeprefix('transformer.').rpartition('.')  # blocks.3.attn.k, weight
-    number = ''.join(re.findall(r'\.(\d+)\.', row))  # '3', or '' outside the blocks
-    layer = table.get(re.sub(r'\.\d+\.', '.#.', row), '-')  # h.#.attn.c_attn.T[1]
-    cell = table.get(name, f'{layer}.{suffix}')  # position_embedding's row has no suffix to add
+    ours, _, suffix = name.removeprefix('transformer.').rpartition('.')  # blocks.3.attn.k, bias
+    number = ''.join(re.findall(r'\.(\d+)\.', ours))  # '3', or '' outside the blocks
+    entry = table.get(re.sub(r'\.\d+\.', '.#.', ours), '-')  # h.#.attn.c_attn.T[1]
+    cell = table.get(name, f'{entry}.{suffix}')  # position_embedding's row has its suffix
     theirs = re.sub(r'\.T|\[\d\]', '', cell).replace('#', number)
     return theirs, '.T' in cell and suffix == 'weight', re.findall(r'\[(\d)\]', cell)
 
@@ -620,7 +620,7 @@ def load_weights(model, path):
         tensors.setdefault('decoder.token_embedding.weight', head)
     used = set()
     for part, table in [(part, table) for part in NAMES for table in NAMES[part].values()]:
-        if list(table.values())[-1] + '.weight' not in tensors:  # no final norm: part absent
+        if list(table.values())[-1] + '.weight' not in tensors:  # last layer not in the file
             continue
         for name, parameter in getattr(model, part).named_parameters():
             theirs, transpose, third = published_name(name, table)
@@ -765,7 +765,7 @@ def learn_bpe(texts, vocab_size):
 
 # 10. Images and batches -------------------------------------------------------------------------------
 def open_image(path, size):
-    """An image file as 8-bit RGB, upright. A JPEG is decoded at reduced size, never below size."""
+    """An image file as 8-bit RGB, upright. A JPEG may be decoded smaller, but never below size."""
     try:
         with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # no size warnings
             image.draft('RGB', (size, size))
@@ -791,7 +791,7 @@ def image_transform(cfg):  # RGB image -> uint8 (3,P,P), squashed to a square; e
     return transforms.Compose([transforms.Resize([cfg.image_size] * 2), transforms.PILToTensor()])
 
 def encode_prompt(tokenizer, cfg, prompt):
-    """Token ids of the prompt in its template, cut to half the text budget. No prompt: end-of-text."""
+    """Token ids of the prompt in its template, cut to half the text budget. An empty one is end-of-text."""
     prompt = prompt.strip() or cfg.caption_prompt
     if not prompt:
         return [tokenizer.end]
@@ -815,7 +815,7 @@ def collate(items, cfg, tokenizer, transform):
         for prompt, answer in texts:
             prompt_ids = encode_prompt(tokenizer, cfg, prompt)
             text = prompt_ids + encode_answer(tokenizer, cfg, answer)
-            # p1 p2 a END -> ids p1 p2 a, targets -100 a END: only answers are scored; shifted per text
+            # p1 p2 a END -> ids p1 p2 a, targets -100 a END. Shifted text by text, so END predicts nothing
             targets = [-100] * (len(prompt_ids) - 1) + text[len(prompt_ids) :]
             row += zip(text[:-1], targets, range(len(targets)))
         rows.append(row[:room])
