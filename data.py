@@ -222,7 +222,7 @@ def read_folder(path):
         if os.path.isfile(os.path.join(path, name)):
             yield from read_rows(os.path.join(path, name))
             return
-    path_to_use = {}  # of each photo: if several links lead to one file, the first of them
+    path_to_use = {}  # of each photo: one of all links to a file, lest it be trained on and held out
     by_real_path = {}
     tables = []
     seen = set()
@@ -277,7 +277,7 @@ def read_texts(row):
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
     if not isinstance(image, str) or not image.strip():
-        raise ValueError(f'it names no image, or several ({", ".join(IMAGE_NAMES)})')
+        raise ValueError(f'it must name one image ({", ".join(IMAGE_NAMES)})')
     if '://' in image:
         raise ValueError('its image is a URL: download it and give the file name instead')
     if not isinstance(answers, list):
@@ -291,7 +291,7 @@ def read_texts(row):
     texts = [(clean_text(prompt), clean_text(answer)) for prompt, answer in texts]
     texts = [(prompt, answer) for prompt, answer in texts if answer]
     if not texts:
-        raise ValueError(f'it has no text ({", ".join(ANSWER_NAMES)})')
+        raise ValueError(f'it has no text under {", ".join(ANSWER_NAMES)}')
     return image.strip(), texts
 
 def clean_text(value):
@@ -348,8 +348,8 @@ def find_images(path, image_dir=''):
     if unused:
         check(texts, f'{path}: none of its {n} rows can be used; the first: {unused[0]}')
         print(f'{path}: {len(unused)} of {n} rows are skipped; the first: {unused[0]}', file=sys.stderr)
-    beside = path if os.path.isdir(path) else os.path.dirname(path)
-    folder = os.path.expanduser(image_dir) or beside or '.'
+    own_folder = path if os.path.isdir(path) else os.path.dirname(path)
+    folder = os.path.expanduser(image_dir) or own_folder or '.'
     for place in (folder, f'{folder}/images', f'{folder}/Images'):
         found = defaultdict(list)
         lost = []
@@ -423,9 +423,11 @@ def contact_sheet(tiles, path, columns, width, lines):
 def open_table(path, pictures, prompt):
     """Opens a caption file -> a function that appends a row, and the pictures that have no row yet."""
     path = os.path.expanduser(path)
-    folder = os.path.dirname(path) or '.'  # train.py looks up picture names from there
+    folder = os.path.realpath(os.path.dirname(path) or '.')  # train.py looks up pictures from there
     columns = ['image', 'prompt', 'answer'] if prompt else ['image', 'caption']
     check(path.endswith('.csv'), f'save={path} must end in .csv')
+    bad = [picture for picture in pictures if os.fsencode(picture) != picture.encode(errors='replace')]
+    check(not bad, f'{bad[:1]}: its name is not UTF-8: rename it')
     try:
         file = open(path, 'a+', encoding='utf-8', errors='surrogateescape', newline='', buffering=1)
         file.seek(0)
@@ -438,7 +440,7 @@ def open_table(path, pictures, prompt):
     table = csv.writer(file, lineterminator='\n')
     if not text:
         table.writerow(columns)
-    def key(picture):
+    def key(picture):  # its row without the answer
         return [value for value in (os.path.relpath(picture, folder), prompt) if value]
     def append(picture, answer):
         table.writerow([*key(picture), answer])

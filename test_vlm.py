@@ -84,7 +84,7 @@ def assert_one_line(error):
 
 # the files --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('name, limit', [
-    ('vlm.py', 850), ('data.py', 450), ('train.py', 560), ('sample.py', 180), ('test_vlm.py', 5000),
+    ('vlm.py', 850), ('data.py', 450), ('train.py', 560), ('sample.py', 180), ('test_vlm.py', 5100),
     ('README.md', 250)])
 def test_the_files_keep_to_their_length_and_width(name, limit):
     lines = (HERE / name).read_text(encoding='utf-8').splitlines()
@@ -2556,6 +2556,17 @@ def test_five_percent_of_the_images_are_held_out_always_the_same(tmp_path, setti
 
     assert held_out[0] == held_out[1]
 
+def test_few_images_change_sides_when_some_are_added(tmp_path, settings):
+    held_out = []
+
+    for n in (200, 204):
+        make_photos(tmp_path, n)
+        (tmp_path / 'a.csv').write_text('\n'.join(['image,caption', *(f'{i}.png,a' for i in range(n))]))
+        train.dataset = str(tmp_path / 'a.csv')
+        held_out.append(set(train.make_datasets()[1].names))
+
+    assert len(held_out[0] & held_out[1]) >= 9  # of 10
+
 def test_a_large_photo_is_reduced_but_no_side_below_the_size_that_is_needed(tmp_path):
     Image.new('RGB', (4000, 300)).save(tmp_path / 'panorama.png')
     Image.new('RGB', (1000, 900)).save(tmp_path / 'photo.png')
@@ -2640,8 +2651,8 @@ GOOD = '{"image": "0.png", "caption": "x"}'
     ('a.csv', 'image,caption\n0.png,x\n1.png\n', 'line 3: it has no text'),
     ('a.csv', 'image,caption\n0.png,x\n1.png," "\n', 'line 3: it has no text'),
     ('a.csv', 'image,caption\n\n1.png,a, b\n0.png,x\n', 'line 3: more values than columns'),
-    ('a.csv', 'image,caption\n,y\n0.png,x\n', 'line 2: it names no image'),
-    ('a.csv', 'sep=,\nimage,caption\n,y\n0.png,x\n', 'line 3: it names no image'),
+    ('a.csv', 'image,caption\n,y\n0.png,x\n', 'line 2: it must name one image'),
+    ('a.csv', 'sep=,\nimage,caption\n,y\n0.png,x\n', 'line 3: it must name one image'),
     ('a.csv', 'image,caption\nhttps://a.com/1.png,y\n0.png,x\n', 'line 2: its image is a URL'),
     ('a.csv', 'image,caption\n1.png,"y\n0.png,x\n', 'line 2: a double quote is not closed'),
     ('a.csv', 'image,caption\n1.png,"y says\n0.png,"x"\n', 'line 2: a double quote is not closed'),
@@ -2649,7 +2660,7 @@ GOOD = '{"image": "0.png", "caption": "x"}'
     ('a.jsonl', '{"image": "1.png"\n' + GOOD, 'line 1: not JSON'),
     ('a.jsonl', '{"image": "1.png", "caption": {"a": 1}}\n' + GOOD, "line 1: {'a': 1} is not text"),
     ('a.json', '["1.png", ' + GOOD + ']', 'entry 1: it is not an object'),
-    ('a.json', '[{"caption": "y"}, ' + GOOD + ']', 'entry 1: it names no image'),
+    ('a.json', '[{"caption": "y"}, ' + GOOD + ']', 'entry 1: it must name one image'),
     ('a.json', '[{"image": "1.png", "conversations": []}, ' + GOOD + ']', 'entry 1: it has no'),
     ('a.json', '[{"image": "1.png", "conversations": [7]}, ' + GOOD + ']', 'entry 1: '),
 ])
@@ -3967,11 +3978,20 @@ def test_vocab_size_is_that_of_the_tokenizer_that_is_learned(run):
 
 def test_public_weights_keep_their_vocabulary_when_the_tokenizer_is_smaller(tmp_path, run):
     theirs = write_published('llama', tmp_path / 'text')
+    train_tokenizer(tmp_path / 'text/tokenizer.json', digits=True, vocab_size=290)
 
-    end = run(*QUICK, f'--init_from={tmp_path}/text', '--max_iters=0')
+    end = run(*QUICK, '--tokenizer=', f'--init_from={tmp_path}/text', '--max_iters=0')
 
     assert end['config']['vocab_size'] == 300
     assert torch.equal(end['model']['decoder.embedding.weight'], theirs.lm_head.weight)
+
+def test_a_pretrained_decoder_keeps_its_tokenizer(tmp_path, run):
+    write_published('llama', tmp_path / 'text')
+
+    with pytest.raises(UserError, match='tokenizer=bytes does not fit') as error:
+        run(*QUICK, f'--init_from={tmp_path}/text')
+
+    assert_one_line(error)
 
 def test_any_pair_of_repositories_is_downloaded_and_trained(hub, run):
     folder, downloads, _ = hub
@@ -4005,6 +4025,16 @@ def test_only_a_resumed_run_can_be_evaluated_alone(run):
         run(*QUICK, '--eval_only')
 
     assert_one_line(error)
+
+def test_every_row_of_the_log_counts_the_same_items(tmp_path, run, monkeypatch):
+    def telling(model, tok, items, title):
+        return {'held-out items': 0.25}.get(title, 0.75)
+    monkeypatch.setattr(train, 'exact_answers', telling)
+
+    run(*QUICK, *SMALL, '--max_iters=2', '--eval_interval=1', '--eval_samples=2')
+
+    rows = [row['exact'] for row in read_log(tmp_path / 'out') if row['exact']]
+    assert rows == ['0.2500', '0.2500']
 
 def test_a_run_survives_held_out_images_that_cannot_be_read(tmp_path, run, capfd):
     make_photos(tmp_path / 'photos/dog', 9)
@@ -4210,12 +4240,11 @@ def test_training_computes_in_the_dtype_that_is_asked_for(run, monkeypatch, dtyp
 
 def test_an_evaluation_alone_neither_trains_nor_saves(tmp_path, run):
     run(*QUICK)
-    before = (tmp_path / 'out/ckpt.pt').read_bytes()
+    before = (tmp_path / 'out/ckpt.pt').read_bytes(), read_log(tmp_path / 'out')
 
     run('--init_from=resume', '--eval_only', '--max_iters=9')
 
-    assert [row['step'] for row in read_log(tmp_path / 'out')] == ['1', '2', '2', '2']
-    assert (tmp_path / 'out/ckpt.pt').read_bytes() == before
+    assert ((tmp_path / 'out/ckpt.pt').read_bytes(), read_log(tmp_path / 'out')) == before
 
 def test_the_images_of_val_dataset_are_evaluated(tmp_path, run, monkeypatch):
     def noting(model, tok, items, title):
@@ -4824,6 +4853,25 @@ def test_saved_answers_are_a_data_set_for_training(folder, photos, talk, monkeyp
     answers = [answer_of(folder, f'photos/{i}.png', '', 6) for i in range(5)]
     assert texts == {f'../photos/{i}.png': [('', answers[i])] for i in range(5)}
     assert place == str(folder / 'tables')
+
+def test_a_table_behind_a_link_finds_its_pictures(tmp_path):
+    make_photos(tmp_path / 'photos', 1)
+    (tmp_path / 'real/deep').mkdir(parents=True)
+    (tmp_path / 'link').symlink_to(tmp_path / 'real/deep')
+
+    append, [photo] = data.open_table(f'{tmp_path}/link/c.csv', [f'{tmp_path}/photos/0.png'], '')
+    append(photo, 'red')
+
+    assert data.find_images(f'{tmp_path}/link/c.csv')[0] == {'../../photos/0.png': [('', 'red')]}
+
+def test_a_name_that_a_table_cannot_hold_is_refused_at_the_start(tmp_path):
+    photo = os.fsdecode(os.fsencode(tmp_path) + b'/caf\xe9.png')
+
+    with pytest.raises(UserError, match='not UTF-8') as error:
+        data.open_table(f'{tmp_path}/c.csv', [f'{tmp_path}/a.png', photo], '')
+
+    assert_one_line(error)
+    assert not (tmp_path / 'c.csv').exists()
 
 def test_saving_goes_on_where_it_was_stopped(folder, photos, talk, monkeypatch, capsys):
     def stop_at_the_second_batch(model, *inputs, **options):

@@ -68,11 +68,11 @@ def find_device(device, dtype):
             torch.cuda.set_device(where.index or int(os.environ.get('LOCAL_RANK', 0)))
         torch.empty(1, device=where)
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f'device={device} does not work here; PyTorch finds {found}') from e
+        raise UserError(f'device={device} does not work ({str(e)[:60]!r}); PyTorch finds {found}') from e
     if dtype == 'auto':
         dtype = 'float32'
         if where.type == 'cuda':
-            dtype = 'bfloat16' if torch.cuda.is_bf16_supported(False) else 'float16'
+            dtype = 'bfloat16' if torch.cuda.is_bf16_supported(False) else 'float16'  # not emulated
         elif where.type == 'cpu' and torch.cpu.get_capabilities().get('avx512_bf16'):
             dtype = 'bfloat16'  # twice as fast on CPUs that support it, slow on others
     check(dtype in ('float32', 'bfloat16', 'float16'), f'dtype={dtype}: unknown; see --help')
@@ -84,7 +84,7 @@ def check_compiler():
 
 # data sets and batches --------------------------------------------------------------------------------
 def make_datasets():
-    """The training and validation sets. Held out: val_dataset, or the same 5% of the images every time."""
+    """The training and validation sets. Held out: val_dataset, or 5% of the images, by a hash of their names."""
     if dataset == 'shapes':
         check(not val_dataset, 'val_dataset is for photos: set --dataset to photos, too')
         return Shapes('train', seed), Shapes('val', seed)
@@ -92,8 +92,9 @@ def make_datasets():
     if val_dataset:
         return CaptionedImages(texts, folder), CaptionedImages(*find_images(val_dataset, image_dir))
     check(len(texts) > 1, f'dataset={dataset}: needs at least two images, as one is held out')
-    held_out = random.Random(1337).sample(sorted(texts), math.ceil(len(texts) / 20))
-    val_texts = {name: texts.pop(name) for name in held_out}
+    # ordered by a hash of the name: when images are added, few change sides
+    in_order = sorted(texts, key=lambda name: random.Random(ascii(name)).random())
+    val_texts = {name: texts.pop(name) for name in in_order[: math.ceil(len(texts) / 20)]}
     return CaptionedImages(texts, folder), CaptionedImages(val_texts, folder)
 
 def make_transform(cfg, augment=False):
@@ -143,7 +144,7 @@ def load(batches, numbers, device):
         needed = 3 * workers * batch_size * 3 * batches.cfg.image_size**2
         free = shutil.disk_usage('/dev/shm').free
         check(free > needed, f'{workers} workers need {needed >> 20} MB in /dev/shm, but only {free >> 20} '
-                             'are free: try docker run --shm-size=1g, or --num_workers=0')
+                             'is free: try docker run --shm-size=1g, or --num_workers=0')
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=numbers, num_workers=workers,
         worker_init_fn=ignore_signals, pin_memory=device.type == 'cuda'))
@@ -301,7 +302,7 @@ def draw_samples(model, tok, items, path):
 
 @torch.no_grad()
 def evaluate(model, batches, step, last, device):
-    """Prints losses and exact answers on held-out data, draws samples.png -> the figures for log.csv"""
+    """Prints losses and exact answers on held-out data, draws samples.png -> the numbers for log.csv"""
     model.eval()
     data, tok = batches.data, batches.tokenizer
     own = swapped = count = 0
@@ -313,17 +314,17 @@ def evaluate(model, batches, step, last, device):
         count += n
     own, swapped, share = own / count, swapped / count, math.nan
     gain = f'with images swapped {swapped:.4f}, image gain {swapped - own:.4f}'
-    if len(images) == 1:
+    if len(images) == 1:  # of the last batch
         gain = 'image gain unknown: it needs two images per batch'
     print(f'step {step}: held-out loss {own:.4f}, {gain}')
+    if eval_samples:
+        share = exact_answers(model, tok, choose_items(data, eval_samples), 'held-out items')
     if eval_samples and last and dataset == 'shapes':
         n = 5 * eval_samples
         exact_answers(model, tok, choose_items(data, n, 'caption'), 'captions')
         items = choose_items(Shapes('novel', seed), n, 'caption')
         exact_answers(model, tok, items, 'captions with unseen pairs')
-        share = exact_answers(model, tok, choose_items(data, n, 'question'), 'questions')
-    elif eval_samples:
-        share = exact_answers(model, tok, choose_items(data, eval_samples), 'held-out items')
+        exact_answers(model, tok, choose_items(data, n, 'question'), 'questions')
     # the same scenes, drawn sharper
     pictures = Shapes('val', seed, pixels=624) if dataset == 'shapes' else data
     draw_samples(model, tok, choose_items(pictures, 6), os.path.expanduser(f'{out_dir}/samples.png'))
@@ -351,7 +352,8 @@ def make_model(texts):
     tok = Tokenizer.make(tokenizer or cfg['tokenizer'], texts, vocab_size or cfg['vocab_size'])
     if 'text' not in published:  # a published decoder fixes its vocab_size
         cfg['vocab_size'] = tok.vocab_size
-    check(tok.vocab_size <= cfg['vocab_size'], f'tokenizer={tok.name} has more tokens than the model')
+    known = 'text' not in published or tok.name not in ('bytes', 'bpe')  # else every id means another
+    check(known and tok.vocab_size <= cfg['vocab_size'], f'tokenizer={tok.name} does not fit the decoder')
     chosen = dict(image_size=image_size, block_size=block_size, projection=projection)
     cfg |= {name: value for name, value in chosen.items() if value}
     if dropout >= 0:
@@ -444,7 +446,7 @@ def main(argv=None):
     stream = load(batches, range(step * gradient_accumulation_steps, 10**9), where)  # endless
 
     # 6. the log; a signal stops the run after its step
-    log_path = f'{folder}/log.csv' if rank == 0 else os.devnull
+    log_path = f'{folder}/log.csv' if rank == 0 and not eval_only else os.devnull
     rows = ['step,seconds,loss,val_loss,val_loss_swapped,exact\n']
     if step and os.path.exists(log_path):  # keep the rows up to the last save; those after it are redone
         with open(log_path) as f:
@@ -516,7 +518,7 @@ def main(argv=None):
             for buffer, before in zip(model.buffers(), buffers):
                 buffer.copy_(before)
             print(f'step {step}: the gradient is not finite, so the step is skipped')
-            check(skipped < 20, f'{skipped} steps in a row were skipped: try --dtype=float32 or a lower rate')
+            check(skipped < 20, f'{skipped} steps in a row were skipped: try --dtype=float32 or lower rates')
         scaler.update()
         model.zero_grad()
         step += 1
