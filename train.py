@@ -84,7 +84,7 @@ def check_compiler():
 
 # data sets and batches --------------------------------------------------------------------------------
 def make_datasets():
-    """The training and validation sets. Held out: val_dataset, or 5% of the images, by a hash of their names."""
+    """The training and validation sets. Held out: val_dataset, or 5% of the images, chosen by name."""
     if dataset == 'shapes':
         check(not val_dataset, 'val_dataset is for photos: set --dataset to photos, too')
         return Shapes('train', seed), Shapes('val', seed)
