@@ -105,9 +105,8 @@ LLAMA = TransformerConfig(norm='rms', norm_eps=1e-5, activation='swiglu', positi
 SMOLLM2_135M = replace(LLAMA, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536, rope_base=1e5)
 SLIM = TransformerConfig(n_layer=4, n_head=8, n_embd=128, bias=False)
 COMMON = dict(image_size=64, patch_size=8, stem='conv', projection='pixel_shuffle', input_norm=True)
-PRESETS = {  # size (N,C): tiny 1.8M (16,128); small 1.7M (16,128); base 213M (196,768); nanovlm 222M (49,576)
-    'tiny': VLMConfig(replace(SLIM, n_layer=1), replace(SLIM, n_hidden=1024),
-                      vocab_size=512, block_size=112, **COMMON),
+PRESETS = {  # size (N,C): tiny 1.2M (16,128); small 1.7M (16,128); base 213M (196,768); nanovlm 222M (49,576)
+    'tiny': VLMConfig(replace(SLIM, n_layer=1), SLIM, vocab_size=512, block_size=112, **COMMON),
     'small': VLMConfig(replace(SLIM, n_layer=1, n_head=4, dropout=0.1), replace(SLIM, n_head=4, dropout=0.1),
                        vocab_size=4096, block_size=160, **COMMON),
     'base': VLMConfig(SIGLIP_B, GPT2, tokenizer='gpt2'),
@@ -824,8 +823,9 @@ def collate(items, cfg, tokenizer, transform):
     longest = min(room, math.ceil(max(map(len, rows)) / 16) * 16)
     rows = torch.tensor([row + [(0, -100, 0)] * (longest - len(row)) for row in rows])  # (B,T,3)
     ids, targets, positions = rows.unbind(-1)
+    packed = any(len(texts) > 1 for _, texts in items)
     images = torch.stack([transform(image) for image, _ in items])
-    return images, ids, targets, positions if any(len(texts) > 1 for _, texts in items) else None
+    return images, ids, targets, positions if packed else None
 
 # 11. Command line -------------------------------------------------------------------------------------
 def override(settings, argv=None):
