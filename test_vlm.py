@@ -3065,7 +3065,7 @@ def test_too_little_shared_memory_for_the_workers_is_refused(settings, monkeypat
     batches = train.Batches(train.Shapes('train'), replace(TINY, image_size=256, block_size=400), BYTES)
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=2 * 3 * 16 * 3 * 256 * 256))
 
-    with pytest.raises(UserError, match='18 MB in /dev/shm, but only 18 are .*--shm-size=.*--num_workers=0'):
+    with pytest.raises(UserError, match='18 MB in /dev/shm, but only 18 is .*--shm-size=.*--num_workers=0'):
         first_batches(batches, 1)
 
 def test_a_worker_that_is_killed_ends_the_run_in_one_line(tmp_path):
@@ -4133,7 +4133,7 @@ def test_a_run_resumed_between_log_lines_logs_the_mean_of_its_own_steps(tmp_path
     assert logged == pytest.approx(sum(losses[1:]) / 2, abs=2e-5)
 
 def test_the_rows_of_steps_that_are_done_again_leave_the_log(tmp_path, run):
-    options = [*QUICK, *SMALL, '--log_interval=1', '--eval_interval=3']
+    options = [*QUICK, *SMALL, '--log_interval=1', '--eval_interval=3', '--eval_samples=0']
     run(*options, '--max_iters=3')
     shutil.copy(tmp_path / 'out' / 'ckpt.pt', tmp_path)
     run('--init_from=resume', '--max_iters=5')
@@ -4175,7 +4175,7 @@ def test_unseen_pairs_are_asked_for_where_that_is_said(run, monkeypatch):
     run(*QUICK, '--max_iters=0', '--eval_samples=8')
 
     assert {title: len(found) for title, found in truths.items()} == {
-        'captions': 40, 'captions with unseen pairs': 40, 'questions': 40}
+        'held-out items': 8, 'captions': 40, 'captions with unseen pairs': 40, 'questions': 40}
     assert all(re.search(NEVER, truth) for truth in truths['captions with unseen pairs'])
     assert not re.search(NEVER, str(truths['captions']))
 
