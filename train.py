@@ -23,7 +23,7 @@ init_from = 'scratch'            # 'scratch', 'resume', a .pt, 'pretrained' or e
 eval_interval = 1000             # steps between evaluations; each also saves a checkpoint
 log_interval = 50                # steps between log lines
 eval_iters = 20                  # held-out batches for the validation loss
-eval_samples = 200               # held-out items to answer; on shapes 15 times as many at the end; 0 = none
+eval_samples = 200               # held-out items to answer; on shapes 16 times as many at the end; 0 = none
 eval_only = False                # with init_from=resume: evaluate, then exit
 overwrite = False                # allow replacing the checkpoint and the log in out_dir
 dataset = 'shapes'               # 'shapes', a caption file (.csv .tsv .txt .jsonl .json) or folder
