@@ -291,7 +291,7 @@ def read_texts(row):
     texts = [(clean_text(prompt), clean_text(answer)) for prompt, answer in texts]
     texts = [(prompt, answer) for prompt, answer in texts if answer]
     if not texts:
-        raise ValueError(f'it has no text under {", ".join(ANSWER_NAMES)}')
+        raise ValueError(f'it has no text ({", ".join(ANSWER_NAMES)})')
     return image.strip(), texts
 
 def clean_text(value):
@@ -423,11 +423,16 @@ def contact_sheet(tiles, path, columns, width, lines):
 def open_table(path, pictures, prompt):
     """Opens a caption file -> a function that appends a row, and the pictures that have no row yet."""
     path = os.path.expanduser(path)
-    folder = os.path.realpath(os.path.dirname(path) or '.')  # train.py looks up pictures from there
+    folder = os.path.dirname(path) or '.'  # train.py looks up picture names from there
     columns = ['image', 'prompt', 'answer'] if prompt else ['image', 'caption']
     check(path.endswith('.csv'), f'save={path} must end in .csv')
-    bad = [picture for picture in pictures if os.fsencode(picture) != picture.encode(errors='replace')]
-    check(not bad, f'{bad[:1]}: its name is not UTF-8: rename it')
+    def key(picture):  # its row without the answer
+        name = os.path.relpath(picture, folder)
+        if os.path.realpath(os.path.join(folder, name)) != os.path.realpath(picture):  # '..' behind a link
+            name = os.path.relpath(picture, os.path.realpath(folder))
+        return (name, prompt) if prompt else (name,)
+    for name, *_ in map(key, pictures):
+        check(os.fsencode(name) == name.encode(errors='replace'), f'{name!r} is not UTF-8: rename it')
     try:
         file = open(path, 'a+', encoding='utf-8', errors='surrogateescape', newline='', buffering=1)
         file.seek(0)
@@ -440,11 +445,9 @@ def open_table(path, pictures, prompt):
     table = csv.writer(file, lineterminator='\n')
     if not text:
         table.writerow(columns)
-    def key(picture):  # its row without the answer
-        return [value for value in (os.path.relpath(picture, folder), prompt) if value]
     def append(picture, answer):
         table.writerow([*key(picture), answer])
     saved = {tuple(row[:-1]) for row in rows}
-    left = [picture for picture in pictures if tuple(key(picture)) not in saved]
+    left = [picture for picture in pictures if key(picture) not in saved]
     print(f'{path}: {len(left)} of {len(pictures)} pictures still to do', file=sys.stderr)
     return append, left

@@ -447,12 +447,12 @@ def main(argv=None):
 
     # 6. the log; a signal stops the run after its step
     log_path = f'{folder}/log.csv' if rank == 0 and not eval_only else os.devnull
-    rows = ['step,seconds,loss,val_loss,val_loss_swapped,exact\n']
-    if step and os.path.exists(log_path):  # keep the rows up to the last save; those after it are redone
-        with open(log_path) as f:
-            rows += [row for row in f if row[0].isdigit() and int(row.split(',')[0]) <= step]
+    rows = []
+    if step and os.path.exists(log_path):  # drop the rows after the last save: they are done again
+        with open(log_path, encoding='utf-8', errors='replace') as f:
+            rows = [row.rstrip() + '\n' for row in f if int((re.match(r'\d+', row) or '0')[0]) <= step]
     log = open(log_path, 'w', buffering=1)
-    log.writelines(rows)
+    log.writelines(rows or ['step,seconds,loss,val_loss,val_loss_swapped,exact\n'])
     stopped = []
     def stop(number, frame):
         stopped.append(number)

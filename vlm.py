@@ -8,7 +8,7 @@ A minimal vision-language model: an image and a question go in, words come out.
     [ v1 v2 ... vN ]  ------ one sequence ------ [ t1 t2 ... tT ]
                                    | LanguageDecoder: causal; the image comes first, so all text sees it
                              logits (T,V) -> sample_top_p -> the next token, and repeat
-Sections 1 to 7 are the model; the rest loads, saves and prepares its inputs. train.py trains it.
+Sections 1 to 7 are the model; the rest loads and saves it and prepares its inputs. train.py trains it.
 Shapes: B batch, P pixels per side, N visual and T text tokens, S = N + T, V vocabulary, C decoder channels,
 C' encoder channels. In attention: T queries of any kind, S keys, H heads, G key/value heads, D channels each.
 """
@@ -132,7 +132,7 @@ def rope_angles(cfg, pos):
 def apply_rope(x, rope):
     """Rotary position embedding (arXiv 2104.09864): rotates the channel pairs (i, i + D/2) of queries or keys
     x (B,H,T,D), so positions affect q.k only through their distance. (The paper pairs 2i with 2i + 1.)"""
-    cos, sin = rope.to(x.dtype)  # each (1,S,D/2) or (B,1,S,D/2), the same for all heads
+    cos, sin = rope.to(x.dtype)  # each (1,T,D/2) or (B,1,T,D/2), the same for all heads
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -159,7 +159,7 @@ class KVCache:  # the keys (after RoPE) and values (B,G,S,D) that one layer has 
         return k, v
 
 class Attention(nn.Module):
-    """Multi-head attention: each query scores every key; the output averages the values by those scores.
+    """Multi-head attention: each query scores every key; the output averages the values, weighted by softmax.
     Self- or cross-attention, causal or not, with grouped-query heads, RoPE and a KV cache."""
     def __init__(self, cfg, causal=False):
         super().__init__()
@@ -187,7 +187,7 @@ class Attention(nn.Module):
         if self.group_size > 1:  # (B,G,S,D) -> (B,H,S,D)
             k = k.repeat_interleave(self.group_size, dim=1)
             v = v.repeat_interleave(self.group_size, dim=1)
-        is_causal = self.causal and mask is None
+        is_causal = self.causal and mask is None  # a given mask includes causality
         if x.size(1) == 1:  # the newest token sees all keys; is_causal would show it only the first
             is_causal = False
         if self.keep_map or avoid_fused_attention(q):
@@ -275,7 +275,7 @@ class ResNetEncoder(nn.Module):  # torchvision's, without pooling and classifier
 def pixel_shuffle(x, f):
     """f x f cells become one, like pixel_unshuffle, but channels last. (B,L,C) -> (B,L/f^2,f*f*C)"""
     B, L, C = x.shape
-    g = math.isqrt(L) // f  # wide cells per side
+    g = math.isqrt(L) // f  # output cells per side
     x = x.view(B, g, f, g, f, C).transpose(2, 3)  # (B,i,di,j,dj,C) -> (B,i,j,di,dj,C)
     return x.reshape(B, g * g, f * f * C)
 
@@ -289,7 +289,7 @@ class MultimodalProjection(nn.Module):
             self.proj = nn.Sequential(nn.Linear(n_in, n_hidden), nn.GELU(), nn.Linear(n_hidden, n_out))
         else:  # one linear map; as in nanoVLM, pixel_shuffle has no bias
             self.proj = nn.Linear(n_in, n_out, bias=self.kind != 'pixel_shuffle')
-        if self.kind == 'perceiver':  # Flamingo's (arXiv 2204.14198), but on features only
+        if self.kind == 'perceiver':  # Flamingo's (arXiv 2204.14198), but keys are features only
             self.norm = make_norm(cfg.text)  # for the features: the blocks normalize only the latents
             self.latents = nn.Parameter(0.02 * torch.randn(cfg.n_latents, n_out))
             self.resampler = Transformer(replace(cfg.text, n_layer=2))  # not causal; gets no rope
@@ -344,7 +344,7 @@ class MinimalVLM(nn.Module):
         self.decoder = LanguageDecoder(cfg)
         self.init_weights()
     def init_weights(self):
-        """GPT-2's scheme, except for q and k in self-attention. Convolutions keep PyTorch's default."""
+        """GPT-2's scheme, except for q and k in self-attention. Convolutions keep their default."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -388,7 +388,7 @@ class MinimalVLM(nn.Module):
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
         h = h[is_scored]
-        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # few lengths: oneDNN compiles for each
+        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # multiple of 256: oneDNN compiles per length
         logits = self.decoder.head(padded)[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
@@ -535,7 +535,7 @@ def fetch(name, file, only_check=False):
     check(known, f'{name} is not a folder, an owner/name repository or one of {list(ALIASES)}')
     url = f'{os.environ.get("HF_ENDPOINT", "https://huggingface.co")}/{repository}/resolve/main/{file}'
     path = os.path.join(torch.hub.get_dir(), 'vlm', repository, file)
-    def show(blocks, size, total):  # every 5 % of a large file
+    def show(blocks, size, total):  # every 5% of a large file
         if total > 10**7 and blocks % (total // size // 20) == 0:
             print(f'{url}: {blocks * size / 1e6:.0f} of {total / 1e6:.0f} MB', file=sys.stderr)
     for last in (False, False, True):  # three attempts; once the file exists, the rest do nothing
@@ -560,7 +560,7 @@ def read_json(path):
         raise UserError(f'{path} is not a JSON object ({e})') from e
 
 def read_config(name):
-    """The fields of VLMConfig that a published model fixes, as a dict to merge over those of a preset."""
+    """The fields of VLMConfig that a published model fixes, as a dict; the caller supplies the rest."""
     if name in ('resnet18', 'resnet50'):
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
         return IMAGE_DEFAULTS | dict(encoder=name, patch_size=32, image_mean=mean, image_std=std)
@@ -572,10 +572,10 @@ def read_config(name):
     c |= c.get('vision_config') or c.get('rope_parameters') or {}  # SigLIP and Llama nest some keys
     for key, value in SUPPORTED[kind].items():
         check(c.get(key, value) == value, f'{path}: {key}={c.get(key)} must be {value}')
-    decoder = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)
-    config = {'nanovlm': vars(PRESETS['nanovlm']), 'siglip': IMAGE_DEFAULTS}.get(kind, decoder)
+    gpt_or_llama = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)
+    config = {'nanovlm': vars(PRESETS['nanovlm']), 'siglip': IMAGE_DEFAULTS}.get(kind, gpt_or_llama)
     for column, part, base in BASES:
-        if column.startswith(kind):  # nanoVLM has two columns, vision and text
+        if column.startswith(kind):  # nanoVLM: two columns; a base has only its part's fields
             found = {field: c[key] for field, key in CONFIG_NAMES[column].items() if c.get(key) is not None}
             for_part = {field: value for field, value in found.items() if hasattr(base, field)}
             for_model = {field: value for field, value in found.items() if field not in for_part}
@@ -608,19 +608,19 @@ def published_name(name, table):
     ours, _, suffix = name.removeprefix('transformer.').rpartition('.')  # blocks.3.attn.k, bias
     number = ''.join(re.findall(r'\.(\d+)\.', ours))  # '3', or '' outside the blocks
     entry = table.get(re.sub(r'\.\d+\.', '.#.', ours), '-')  # h.#.attn.c_attn.T[1]
-    cell = table.get(name, f'{entry}.{suffix}')  # position_embedding's row has its suffix
+    cell = table.get(name, f'{entry}.{suffix}')  # position_embedding's cell is a full name
     theirs = re.sub(r'\.T|\[\d\]', '', cell).replace('#', number)
     return theirs, '.T' in cell and suffix == 'weight', re.findall(r'\[(\d)\]', cell)
 
 def load_weights(model, path):
-    """Loads each part in NAMES that the file has; such a part must be complete. Others are unchanged."""
+    """Loads each part in NAMES that the file has; such a part must be complete. The others stay unchanged."""
     tensors = {re.sub(PREFIX, '', name): x for name, x in read_safetensors(path).items()}
     head = tensors.pop('lm_head.weight', tensors.pop('decoder.head.weight', None))  # Llama, nanoVLM
     if head is not None and 'decoder.norm.weight' in tensors:  # nanoVLM may store only the head
         tensors.setdefault('decoder.token_embedding.weight', head)
     used = set()
     for part, table in [(part, table) for part in NAMES for table in NAMES[part].values()]:
-        if list(table.values())[-1] + '.weight' not in tensors:  # last layer not in the file
+        if list(table.values())[-1] + '.weight' not in tensors:  # not in this file
             continue
         for name, parameter in getattr(model, part).named_parameters():
             theirs, transpose, third = published_name(name, table)
@@ -767,14 +767,14 @@ def learn_bpe(texts, vocab_size):
 def open_image(path, size):
     """An image file as 8-bit RGB, upright. A JPEG may be decoded smaller, but never below size."""
     try:
-        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # no size warnings
+        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # even if huge
             image.draft('RGB', (size, size))
             return to_rgb(image)
     except Exception as e:  # broken files make Pillow raise almost anything
         raise UserError(f'{path} is not a readable image ({e!r})') from e
 
 def to_rgb(image):
-    """Any Pillow image as 8-bit RGB: turned upright per EXIF, scaled if deeper than 8 bits, on white."""
+    """Any Pillow image as 8-bit RGB: turned upright per EXIF, scaled if deeper than 8 bits, put on white."""
     image.load()  # decode now: the suppress() below would hide a broken file
     with contextlib.suppress(Exception):  # ignore broken EXIF data
         image = ImageOps.exif_transpose(image)
@@ -791,7 +791,7 @@ def image_transform(cfg):  # RGB image -> uint8 (3,P,P), squashed to a square; e
     return transforms.Compose([transforms.Resize([cfg.image_size] * 2), transforms.PILToTensor()])
 
 def encode_prompt(tokenizer, cfg, prompt):
-    """Token ids of the prompt in its template, cut to half the text budget. An empty one is end-of-text."""
+    """Token ids of the prompt in its template, cut to half the text budget. '': caption_prompt or END."""
     prompt = prompt.strip() or cfg.caption_prompt
     if not prompt:
         return [tokenizer.end]
@@ -815,11 +815,11 @@ def collate(items, cfg, tokenizer, transform):
         for prompt, answer in texts:
             prompt_ids = encode_prompt(tokenizer, cfg, prompt)
             text = prompt_ids + encode_answer(tokenizer, cfg, answer)
-            # p1 p2 a END -> ids p1 p2 a, targets -100 a END. Shifted text by text, so END predicts nothing
+            # p1 p2 a END -> ids p1 p2 a, targets -100 a END. Shifted per text: no END predicts the next one
             targets = [-100] * (len(prompt_ids) - 1) + text[len(prompt_ids) :]
             row += zip(text[:-1], targets, range(len(targets)))
         rows.append(row[:room])
-    # pad to a multiple of 16: oneDNN compiles per length. Position 0: each padding token is its own text
+    # pad to a multiple of 16: oneDNN compiles per length. Position 0 starts a text: each padding token is one
     longest = min(room, math.ceil(max(map(len, rows)) / 16) * 16)
     rows = torch.tensor([row + [(0, -100, 0)] * (longest - len(row)) for row in rows])  # (B,T,3)
     ids, targets, positions = rows.unbind(-1)
