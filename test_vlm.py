@@ -1065,6 +1065,18 @@ def change_config(folder, **changes):
 def some_pixels(size=64):
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
 
+def test_a_siglip_with_a_margin_is_loaded_at_the_size_that_its_patches_fill(tmp_path):
+    tf = pytest.importorskip('transformers')
+    sizes = dict(SIZES, image_size=44, patch_size=14)  # as in so400m-patch14-384, which ignores 6 pixels
+    theirs = tf.SiglipVisionModel(tf.SiglipVisionConfig(**sizes)).eval()
+    theirs.save_pretrained(tmp_path)
+    config = vlm.read_config(str(tmp_path)) | dict(projection='mlp', image_size=42)
+
+    model = MinimalVLM.from_pretrained(str(tmp_path), VLMConfig(**config))
+
+    pixels = some_pixels(44)
+    assert_close(model.vision(pixels[..., :42, :42]), theirs(pixels).last_hidden_state)
+
 @pytest.mark.parametrize('kind', ['siglip', 'siglip_vision_model'])
 def test_a_published_siglip_sees_what_transformers_sees(tmp_path, kind):
     theirs = write_published(kind, tmp_path / 'vision')
