@@ -220,7 +220,7 @@ def test_fused_attention_equals_the_spelled_out_one(stack, causal, masked):
     torch.manual_seed(0)
     attention = vlm.Attention(stack, causal)
     x = torch.randn(2, 6, 32)
-    rope = vlm.rope_angles(stack, torch.arange(6))
+    rope = vlm.rope_cos_sin(stack, torch.arange(6))
     mask = None
     if masked:
         mask = torch.rand(2, 1, 6, 6) > 0.4
@@ -281,7 +281,7 @@ def test_rope_is_a_multiplication_by_complex_numbers():
     pos = torch.tensor([0, 1, 2, 5, 40, 41])
     speed = torch.tensor([1, 0.1, 0.01, 0.001])  # 10000 ** (-i / 4)
 
-    turned = vlm.apply_rope(x, vlm.rope_angles(LLAMA, pos))
+    turned = vlm.apply_rope(x, vlm.rope_cos_sin(LLAMA, pos))
 
     turn = torch.exp(1j * pos[:, None] * speed)
     numbers = torch.complex(x[..., :4], x[..., 4:]) * turn
@@ -289,8 +289,8 @@ def test_rope_is_a_multiplication_by_complex_numbers():
 
 def test_with_rope_the_product_of_query_and_key_depends_on_their_distance_only():
     def product(q_pos, k_pos):
-        q_rope = vlm.rope_angles(LLAMA, torch.tensor([q_pos]))
-        k_rope = vlm.rope_angles(LLAMA, torch.tensor([k_pos]))
+        q_rope = vlm.rope_cos_sin(LLAMA, torch.tensor([q_pos]))
+        k_rope = vlm.rope_cos_sin(LLAMA, torch.tensor([k_pos]))
         return (vlm.apply_rope(q, q_rope) * vlm.apply_rope(k, k_rope)).sum()
     torch.manual_seed(0)
     q = torch.randn(1, 1, 1, 8)
@@ -391,7 +391,7 @@ def test_a_llama_block_equals_the_one_of_transformers():
     angles = llama.LlamaRotaryEmbedding(config)(x, pos[None])
     expected = theirs(x, position_embeddings=angles)
 
-    assert_close(block(x, rope=vlm.rope_angles(LLAMA, pos)), expected)
+    assert_close(block(x, rope=vlm.rope_cos_sin(LLAMA, pos)), expected)
 
 @pytest.mark.parametrize('silent', ['attn.out', 'mlp.down'])
 def test_dropout_zeroes_or_doubles_what_a_block_adds_in_training_only(silent):
@@ -1759,7 +1759,7 @@ def test_resnet_weights_that_cannot_be_downloaded_are_named_in_one_line(tmp_path
 def test_a_resnet_is_refused_by_a_model_with_another_encoder(monkeypatch):
     monkeypatch.setattr(vlm, 'ResNetEncoder', lambda cfg, weights: pytest.fail('it would be loaded'))
 
-    with pytest.raises(UserError, match='resnet18: encoder=vit') as error:
+    with pytest.raises(UserError, match='resnet18 needs encoder=resnet18') as error:
         MinimalVLM.from_pretrained('resnet18', CFG)
 
     assert_one_line(error)

@@ -8,15 +8,15 @@ A minimal vision-language model: an image and a question go in, words come out.
     [ v1 v2 ... vN ]  ------ one sequence ------ [ t1 t2 ... tT ]
                                    | LanguageDecoder: causal; the image comes first, so all text sees it
                              logits (T,V) -> sample_top_p -> the next token, and repeat
-Sections 1 to 7 are the model; the rest loads and saves it and prepares its inputs. train.py trains it.
+Sections 1 to 7 are the model, the rest files, tokenizers, images and the command line. train.py trains it.
 Shapes: B batch, P pixels per side, N visual and T text tokens, S = N + T, V vocabulary, C decoder channels,
-C' encoder channels. In attention: T queries of any kind, S keys, H heads, G key/value heads, D channels each.
+C' encoder channels. In attention: any T queries, any S keys, H heads, G key/value heads, D channels each.
 """
 import argparse, codecs, contextlib, difflib, json, math, mmap, os, re, sys, urllib.request, warnings
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, get_args
-import tiktoken, torch, torchvision
+import tiktoken, torch, torch.utils.checkpoint, torchvision
 from PIL import Image, ImageOps
 from torch import nn
 from torch.nn import functional as F
@@ -122,7 +122,7 @@ def make_norm(cfg):
         return nn.RMSNorm(cfg.n_embd, eps=cfg.norm_eps)  # weight * x / sqrt(mean(x^2) + eps)
     return nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps, bias=cfg.bias)
 
-def rope_angles(cfg, pos):
+def rope_cos_sin(cfg, pos):
     """Cosine and sine of each channel pair's rotation angle at positions pos, (S,) or (B,S)."""
     D = cfg.n_embd // cfg.n_head
     exponent = torch.arange(0, D, 2, device=pos.device) / D  # 2i/D for pair i, from 0 to almost 1
@@ -187,7 +187,7 @@ class Attention(nn.Module):
         if self.group_size > 1:  # (B,G,S,D) -> (B,H,S,D)
             k = k.repeat_interleave(self.group_size, dim=1)
             v = v.repeat_interleave(self.group_size, dim=1)
-        is_causal = self.causal and mask is None  # a given mask includes causality
+        is_causal = self.causal and mask is None  # an explicit mask is already causal
         if x.size(1) == 1:  # the newest token sees all keys; is_causal would show it only the first
             is_causal = False
         if self.keep_map or avoid_fused_attention(q):
@@ -273,7 +273,7 @@ class ResNetEncoder(nn.Module):  # torchvision's, without pooling and classifier
 
 # 4. Projection: from vision features to visual tokens of the decoder's width --------------------------
 def pixel_shuffle(x, f):
-    """f x f cells become one, like pixel_unshuffle, but channels last. (B,L,C) -> (B,L/f^2,f*f*C)"""
+    """Despite its usual name an unshuffle: f x f cells become one. (B,L,C) -> (B,L/f^2,f*f*C)"""
     B, L, C = x.shape
     g = math.isqrt(L) // f  # output cells per side
     x = x.view(B, g, f, g, f, C).transpose(2, 3)  # (B,i,di,j,dj,C) -> (B,i,j,di,dj,C)
@@ -323,7 +323,7 @@ class LanguageDecoder(nn.Module):
         x = self.input_norm(x)
         if self.cfg.position == 'learned':
             x = x + self.position_embedding[pos]
-        rope = rope_angles(self.cfg, pos) if self.cfg.position == 'rope' else None
+        rope = rope_cos_sin(self.cfg, pos) if self.cfg.position == 'rope' else None
         return self.transformer(x, mask=mask, rope=rope, caches=caches)
 
 # 6. The whole model -----------------------------------------------------------------------------------
@@ -395,7 +395,7 @@ class MinimalVLM(nn.Module):
     @torch.inference_mode()
     def stream(self, images, ids, max_new_tokens=50, temperature=1.0, top_p=1.0, top_k=0, stop=-1):
         """Yields the next tokens (B,1). Call eval() first. ids (B,T): prompts of equal length. images:
-        (B,3,P,P), (1,3,P,P) for all B, or None. A row that yields stop (-1: none) repeats it."""
+        (B,3,P,P), (1,3,P,P) for all B, or None. After a row yields stop (-1: none), it repeats it."""
         x = self.embed(images, ids)
         caches = [KVCache() for _ in self.decoder.transformer.blocks]
         pos = torch.arange(x.size(1), device=x.device)
@@ -415,7 +415,7 @@ class MinimalVLM(nn.Module):
 
     @torch.inference_mode()
     def score(self, image, prompt, choices):
-        """Log-probabilities (n,) of n choices, each ids (L_i,) with END. image (3,P,P), prompt ids (T,)"""
+        """Log-probabilities (n,) of n choices, each ids (L_i,) ending in END. image (3,P,P), prompt (T,)"""
         answers = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-100)  # (n,L)
         ids = torch.cat([prompt.expand(len(choices), -1), answers.clamp(min=0)], dim=1)  # (n,T+L)
         logits, _ = self(image[None], ids)  # (n,T+L,V); those at t predict token t + 1
@@ -431,7 +431,7 @@ class MinimalVLM(nn.Module):
         model = cls(cfg or VLMConfig(**published))
         for name in names:
             if name in ('resnet18', 'resnet50'):
-                check(model.cfg.encoder == name, f'{name}: encoder={model.cfg.encoder}')
+                check(model.cfg.encoder == name, f'{name} needs encoder={name}')
                 model.vision = ResNetEncoder(model.cfg, weights='DEFAULT')
             else:
                 load_weights(model, fetch(name, 'model.safetensors'))
@@ -462,7 +462,7 @@ def read_table(text):
     return {column: {row[0]: row[i] for row in rows} for i, column in enumerate(header) if i > 0}
 
 # Our layers and their names in public files; .weight or .bias follows, except after position_embedding.
-# #: block number; -: none; .T: its weight is stored transposed; [0], [1], [2]: a third of a joined q, k, v.
+# In a cell, # is the block number, - none, .T stored transposed, [0] [1] [2] a third of a joined q, k, v.
 # GPT-2's h.2.attn.c_attn.bias holds q.bias, k.bias and v.bias of block 2; h.2.attn.bias, a mask, is UNUSED
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
@@ -575,7 +575,7 @@ def read_config(name):
     gpt_or_llama = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)
     config = {'nanovlm': vars(PRESETS['nanovlm']), 'siglip': IMAGE_DEFAULTS}.get(kind, gpt_or_llama)
     for column, part, base in BASES:
-        if column.startswith(kind):  # nanoVLM: two columns; a base has only its part's fields
+        if column.startswith(kind):  # nanoVLM has two columns
             found = {field: c[key] for field, key in CONFIG_NAMES[column].items() if c.get(key) is not None}
             for_part = {field: value for field, value in found.items() if hasattr(base, field)}
             for_model = {field: value for field, value in found.items() if field not in for_part}
@@ -600,7 +600,7 @@ def read_safetensors(path):
             tensors[name] = raw.view(entry['shape'])
         return tensors
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as e:
-        raise UserError(f'{path} is not a complete .safetensors file of known types ({e!r})') from e
+        raise UserError(f'{path} is not a complete .safetensors file, or has unknown dtypes ({e!r})') from e
 
 def published_name(name, table):
     """What a file calls our parameter, whether to transpose it, and which third of it to take ([]: all).
@@ -620,7 +620,7 @@ def load_weights(model, path):
         tensors.setdefault('decoder.token_embedding.weight', head)
     used = set()
     for part, table in [(part, table) for part in NAMES for table in NAMES[part].values()]:
-        if list(table.values())[-1] + '.weight' not in tensors:  # not in this file
+        if list(table.values())[-1] + '.weight' not in tensors:  # its last row: is it there?
             continue
         for name, parameter in getattr(model, part).named_parameters():
             theirs, transpose, third = published_name(name, table)
@@ -704,7 +704,7 @@ class Tokenizer:
 
     @classmethod
     def make(cls, name, texts=(), vocab_size=257):
-        """'bytes', 'bpe' (learned from texts), a tokenizer.json, or a folder or repository with one."""
+        """name: 'bytes', 'bpe' (learned from texts), a tokenizer.json, or a folder or repository with one."""
         if name in ('bytes', 'bpe'):
             tokens = learn_bpe(texts if name == 'bpe' else [], vocab_size - 1)
             return cls(name, tokens, {END: len(tokens)})
@@ -767,14 +767,14 @@ def learn_bpe(texts, vocab_size):
 def open_image(path, size):
     """An image file as 8-bit RGB, upright. A JPEG may be decoded smaller, but never below size."""
     try:
-        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # even if huge
+        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # size warning
             image.draft('RGB', (size, size))
             return to_rgb(image)
     except Exception as e:  # broken files make Pillow raise almost anything
         raise UserError(f'{path} is not a readable image ({e!r})') from e
 
 def to_rgb(image):
-    """Any Pillow image as 8-bit RGB: turned upright per EXIF, scaled if deeper than 8 bits, put on white."""
+    """Any Pillow image as 8-bit RGB: upright per EXIF, scaled if deeper than 8 bits, composited on white."""
     image.load()  # decode now: the suppress() below would hide a broken file
     with contextlib.suppress(Exception):  # ignore broken EXIF data
         image = ImageOps.exif_transpose(image)
@@ -791,7 +791,7 @@ def image_transform(cfg):  # RGB image -> uint8 (3,P,P), squashed to a square; e
     return transforms.Compose([transforms.Resize([cfg.image_size] * 2), transforms.PILToTensor()])
 
 def encode_prompt(tokenizer, cfg, prompt):
-    """Token ids of the prompt in its template, cut to half the text budget. '': caption_prompt or END."""
+    """Token ids of the templated prompt, cut to half the text budget. If empty: caption_prompt, else END."""
     prompt = prompt.strip() or cfg.caption_prompt
     if not prompt:
         return [tokenizer.end]
@@ -819,7 +819,7 @@ def collate(items, cfg, tokenizer, transform):
             targets = [-100] * (len(prompt_ids) - 1) + text[len(prompt_ids) :]
             row += zip(text[:-1], targets, range(len(targets)))
         rows.append(row[:room])
-    # pad to a multiple of 16: oneDNN compiles per length. Position 0 starts a text: each padding token is one
+    # pad to a multiple of 16: oneDNN compiles per length. At position 0, each padding token is a text
     longest = min(room, math.ceil(max(map(len, rows)) / 16) * 16)
     rows = torch.tensor([row + [(0, -100, 0)] * (longest - len(row)) for row in rows])  # (B,T,3)
     ids, targets, positions = rows.unbind(-1)
