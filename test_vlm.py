@@ -4924,7 +4924,9 @@ def test_answers_to_a_question_are_saved_with_it(folder, photos, talk):
 
     talk(*arguments, '--prompt=who?')
     talk(*arguments, '--prompt=why?')
+    _, _, errors = talk(*arguments, '--prompt=who?')
 
+    assert '0 of 5 pictures still to do' in errors
     texts, _ = data.find_images(str(folder / 'c.csv'))
     for i in range(5):
         answers = [(asked, answer_of(folder, f'photos/{i}.png', asked, 3)) for asked in ('who?', 'why?')]
