@@ -737,30 +737,27 @@ def learn_bpe(texts, vocab_size):
     # (word, count): a word is a list of tokens, at first its bytes, written as latin-1 characters
     words = [(list(piece.encode('utf-8', 'replace').decode('latin-1')), n) for piece, n in pieces.items()]
     tokens = {chr(b): b for b in range(256)}  # token -> id
-    pairs = Counter()  # (left, right) -> how often it occurs
+    pairs = Counter()  # (left, right) -> how often it occurs in all words
     where = defaultdict(set)  # (left, right) -> indices of the words that contain it, or once did
-    def count(i, part, n):  # adds n for each pair in part, a slice of word i
-        for pair in zip(part, part[1:]):
-            pairs[pair] += n
+    def count(i, sign):  # adds the pairs of word i to the counts (1) or takes them out (-1)
+        word, n = words[i]
+        for pair in zip(word, word[1:]):
+            pairs[pair] += sign * n
             where[pair].add(i)
-    def join(pair):
-        joined = ''.join(pair)
-        tokens.setdefault(joined, len(tokens))  # it may exist: abc is a + bc or ab + c
-        for i in where.pop(pair):  # pop: count() would add to this set during the loop
-            word, n = words[i]
-            for j in range(len(word) - 1):  # word shrinks: the last slices are too short to match
-                if tuple(word[j : j + 2]) == pair:
-                    before = max(0, j - 1)  # the left neighbor, if any
-                    count(i, word[before : j + 3], -n)  # uncount left-a, a-b and b-right
-                    word[j : j + 2] = [joined]
-                    count(i, word[before : j + 2], n)  # count left-ab and ab-right
-    for i, (word, n) in enumerate(words):
-        count(i, word, n)
-    while len(tokens) < vocab_size and max(pairs.values(), default=0) > 1:
-        highest = max(pairs.values())
-        for pair in [pair for pair, n in pairs.items() if n == highest]:  # all ties
-            if pairs[pair] == highest and len(tokens) < vocab_size:  # not reduced by an earlier tie
-                join(pair)
+    for i in range(len(words)):
+        count(i, 1)
+    while pairs and len(tokens) < vocab_size:
+        (left, right), n = pairs.most_common(1)[0]
+        if n < 2:
+            break
+        tokens.setdefault(left + right, len(tokens))  # it may exist: abc is a + bc or ab + c
+        for i in sorted(where[left, right]):
+            count(i, -1)
+            word, _ = words[i]
+            for j in range(len(word)):  # the word shrinks, so the last slices may be empty
+                if word[j : j + 2] == [left, right]:
+                    word[j : j + 2] = [left + right]
+            count(i, 1)
     return tokens
 
 # 10. Images and batches -------------------------------------------------------------------------------
