@@ -155,7 +155,7 @@ def main(argv=None):
     failed = []
     if texts or single:
         for path, pixels in read_pictures(paths, model.cfg, where, failed):
-            print(f'{path}: {prompt}' if prompt else path)
+            print(f'{path}: {prompt}'.removesuffix(': '))
             if texts:
                 rank_choices(model, tok, pixels, ids, texts)
                 continue
@@ -167,7 +167,7 @@ def main(argv=None):
             print(f'{path}: {answer}')
             if save:
                 append(path, answer)
-    sys.exit(1 if failed else 0)
+    sys.exit(bool(failed))
 
 if __name__ == '__main__':
     sys.stdout.reconfigure(errors='replace')  # for names and answers a terminal cannot show

@@ -4,6 +4,7 @@ Tests of vlm.py, data.py, train.py and sample.py, in their order: python -m pyte
 Every test holds the code against something outside it: another implementation, a worked example or the slow
 way.
 """
+import ast
 import csv
 import gc
 import http.server
@@ -92,6 +93,18 @@ def test_the_files_keep_to_their_length_and_width(name, limit):
     assert len(lines) <= limit
     if name.endswith('.py'):
         assert max(map(len, lines)) <= 110
+
+@pytest.mark.parametrize('name', ['vlm.py', 'data.py', 'train.py', 'sample.py'])
+def test_the_code_is_not_packed(name):
+    """By conditional expressions, lambdas and walruses per line that is not a comment."""
+    source = (HERE / name).read_text(encoding='utf-8')
+    lines = [line for line in source.splitlines() if line.strip() and line.strip()[0] != '#']
+    found = Counter(type(node) for node in ast.walk(ast.parse(source)))
+
+    assert found[ast.IfExp] <= 0.03 * len(lines)
+    assert found[ast.Lambda] <= 0.005 * len(lines)
+    assert found[ast.NamedExpr] <= 0.003 * len(lines)
+
 # vlm.py, 1. config ------------------------------------------------------------------------------------
 def test_presets_have_the_published_numbers_of_parameters():
     sizes = {}

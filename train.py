@@ -256,7 +256,7 @@ def choose_items(data, n, kind=''):
     items = []
     for i in random.Random(1337).sample(range(data.n_images), min(n, data.n_images)):
         image, texts = data[i]
-        texts = [(q, a) for q, a in texts if kind in ('', 'question' if q else 'caption')]
+        texts = [(q, a) for q, a in texts if not kind or (kind == 'question') == bool(q)]
         if texts:
             items.append((image, [texts[i % len(texts)]]))
     return items
@@ -340,8 +340,8 @@ def make_model(texts):
         return load_checkpoint(os.path.expanduser(init_from))[:2]
     names = init_from
     if init_from == 'pretrained':
-        check(preset in ('base', 'nanovlm'), 'init_from=pretrained needs --preset=base or nanovlm')
-        names = 'siglip-b-16,gpt2' if preset == 'base' else 'siglip-b-16,smollm2-135m'
+        names = dict(base='siglip-b-16,gpt2', nanovlm='siglip-b-16,smollm2-135m').get(preset)
+        check(names, 'init_from=pretrained needs --preset=base or nanovlm')
     published = {}
     for name in [name.strip() for name in names.split(',') if names != 'scratch']:
         config = read_config(name)

@@ -463,7 +463,9 @@ def read_table(text):
 
 # Our layers and their names in public files; .weight or .bias follows, except after position_embedding.
 # In a cell, # is the block number, - none, .T stored transposed, [0] [1] [2] a third of a joined q, k, v.
-# GPT-2's h.2.attn.c_attn.bias holds q.bias, k.bias and v.bias of block 2; h.2.attn.bias, a mask, is UNUSED
+# Five examples. GPT-2's h.2.attn.c_attn.weight is transposed, and its thirds are our blocks.2.attn.q, .k, .v;
+# its h.2.attn.bias, a mask, is ignored (UNUSED). Llama's layers.2.mlp.up_proj.weight is blocks.2.mlp.up, its
+# lm_head.weight must equal the embedding. SigLIP's position embeddings are interpolated to our grid.
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
 stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
@@ -734,7 +736,7 @@ def learn_bpe(texts, vocab_size):
     """BPE (arXiv 1508.07909): repeatedly joins the most frequent pair of adjacent tokens into a new one."""
     pattern = r' ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+'  # roughly PIECES: re has no \p
     pieces = Counter(piece for text in texts for piece in re.findall(pattern, text))
-    # (word, count): a word is a list of tokens, at first its bytes, written as latin-1 characters
+    # (word, count): a word is a list of tokens, at first one for each byte, written as a latin-1 character
     words = [(list(piece.encode('utf-8', 'replace').decode('latin-1')), n) for piece, n in pieces.items()]
     tokens = {chr(b): b for b in range(256)}  # token -> id
     pairs = Counter()  # (left, right) -> how often it occurs in all words
