@@ -61,7 +61,7 @@ class TransformerConfig:  # one stack of blocks: vision encoder or language deco
 class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     vision: TransformerConfig = TransformerConfig()
     text: TransformerConfig = TransformerConfig()
-    encoder: Literal['vit', 'resnet18', 'resnet50'] = 'vit'  # a ResNet ignores `vision`
+    encoder: Literal['vit', 'resnet18', 'resnet50'] = 'vit'  # a ResNet ignores vision and stem
     stem: Literal['patch', 'conv'] = 'patch'  # one strided convolution, or conv_stem() (ViT only)
     image_size: int = 224        # pixels per side
     patch_size: int = 16         # pixels per side of a feature-grid cell
@@ -73,7 +73,7 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     n_latents: int = 32          # 'perceiver': the number of visual tokens
     input_norm: bool = False     # normalize what enters the decoder: see LanguageDecoder
     vocab_size: int = 50257
-    block_size: int = 1024       # maximum sequence length: the visual tokens and at least 16 more
+    block_size: int = 1024       # maximum sequence length: visual tokens and at least 16 for text
     tokenizer: str = 'bpe'       # passed to Tokenizer.make
     prompt_template: str = ' {}' # what the decoder reads; {} stands for the prompt
     answer_prefix: str = ' '     # starts the answer; to BPE, 'red' and ' red' are different tokens
@@ -93,7 +93,8 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
         check_choices(self)
         check(self.vision.position == 'learned', "position='rope' is for the decoder only")
         check(self.encoder == 'vit' or self.patch_size == 32, 'a ResNet needs patch_size=32')
-        check(self.stem == 'patch' or self.patch_size == 8, "stem='conv' needs patch_size=8")
+        fits = self.stem == 'patch' or self.patch_size == 8 or self.encoder != 'vit'
+        check(fits, "stem='conv' needs patch_size=8")
         P, cell = self.image_size, self.patch_size * self.factor
         check(P >= cell > 0 and P % cell == 0, f'image_size={P} must be a multiple of {cell}')
         check(self.prompt_template.count('{}') == 1, 'prompt_template must contain {} once')
@@ -105,7 +106,7 @@ LLAMA = TransformerConfig(norm='rms', norm_eps=1e-5, activation='swiglu', positi
 SMOLLM2_135M = replace(LLAMA, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536, rope_base=1e5)
 SLIM = TransformerConfig(n_layer=4, n_head=8, n_embd=128, bias=False)
 COMMON = dict(image_size=64, patch_size=8, stem='conv', projection='pixel_shuffle', input_norm=True)
-PRESETS = {  # size (N,C): tiny 1.2M (16,128); small 1.7M (16,128); base 213M (196,768); nanovlm 222M (49,576)
+PRESETS = {  # vision, text, ...   (N,C): tiny (16,128); small (16,128); base (196,768); nanovlm (49,576)
     'tiny': VLMConfig(replace(SLIM, n_layer=1), SLIM, vocab_size=512, block_size=112, **COMMON),
     'small': VLMConfig(replace(SLIM, n_layer=1, n_head=4, dropout=0.1), replace(SLIM, n_head=4, dropout=0.1),
                        vocab_size=4096, block_size=160, **COMMON),
@@ -123,11 +124,11 @@ def make_norm(cfg):
     return nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps, bias=cfg.bias)
 
 def rope_cos_sin(cfg, pos):
-    """Cosine and sine of each channel pair's rotation angle at positions pos, (S,) or (B,S)."""
+    """Cosine and sine of each channel pair's rotation angle at positions pos, (T,) or (B,T)."""
     D = cfg.n_embd // cfg.n_head
     exponent = torch.arange(0, D, 2, device=pos.device) / D  # 2i/D for pair i, from 0 to almost 1
-    angle = pos[..., None] * cfg.rope_base**-exponent  # (...,S,D/2), later pairs rotate more slowly
-    return torch.stack([angle.cos(), angle.sin()]).unsqueeze(-3)  # (2,1,S,D/2) or (2,B,1,S,D/2)
+    angle = pos[..., None] * cfg.rope_base**-exponent  # (...,T,D/2), later pairs rotate more slowly
+    return torch.stack([angle.cos(), angle.sin()]).unsqueeze(-3)  # (2,1,T,D/2) or (2,B,1,T,D/2)
 
 def apply_rope(x, rope):
     """Rotary position embedding (arXiv 2104.09864): rotates the channel pairs (i, i + D/2) of queries or keys
@@ -145,7 +146,7 @@ def attend(q, k, v, mask=None):
     att = F.softmax(att, dim=-1)
     return att @ v, att  # (B,H,T,S) x (B,H,S,D) -> (B,H,T,D)
 
-def avoid_fused_attention(q):  # SDPA: slow bf16 backward on CPUs, bugs on older MPS
+def avoid_fused_attention(q):  # SDPA, the fused call: slow in bf16 on CPUs, bugs on older MPS
     slow_on_cpu = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad
     return slow_on_cpu or (q.is_mps and torch.__version__ < (2, 13))  # a TorchVersion, not a str
 
@@ -234,7 +235,7 @@ class Transformer(nn.Module):  # blocks and a final norm
         self.grad_checkpointing = False  # True: recompute each block in backward, to save memory
     def forward(self, x, context=None, mask=None, rope=None, caches=None):
         for i, block in enumerate(self.blocks):
-            if self.grad_checkpointing and torch.is_grad_enabled():  # training uses no caches
+            if self.grad_checkpointing and torch.is_grad_enabled() and caches is None:
                 x = torch.utils.checkpoint.checkpoint(block, x, context, mask, rope, use_reentrant=False)
             else:
                 x = block(x, context, mask, rope, caches[i] if caches else None)
@@ -244,7 +245,7 @@ class Transformer(nn.Module):  # blocks and a final norm
 def conv_stem(C):
     """(B,3,P,P) -> (B,C,P/8,P/8). Slower than one convolution, but needs far fewer training images."""
     layers = [nn.Conv2d(3, C // 4, kernel_size=4, stride=2, padding=1), nn.GELU()]
-    for c_in, c_out in ((C // 4, C // 4), (C // 4, C // 2)):  # each pooling halves the sides again
+    for c_in, c_out in ((C // 4, C // 4), (C // 4, C // 2)):  # poolings: to P/4, to P/8
         conv = nn.Conv2d(c_in, c_out, kernel_size=3, padding=1, bias=False)
         layers += [conv, nn.MaxPool2d(2), nn.BatchNorm2d(c_out), nn.GELU()]
     return nn.Sequential(*layers, nn.Conv2d(C // 2, C, kernel_size=3, padding=1))
@@ -262,7 +263,7 @@ class VisionEncoder(nn.Module):  # ViT (arXiv 2010.11929), no class token, as in
         x = self.stem(images).flatten(2).transpose(1, 2)  # (B,C',grid,grid) -> (B,grid*grid,C')
         return self.transformer(x + self.position_embedding)
 
-class ResNetEncoder(nn.Module):  # torchvision's, without pooling and classifier
+class ResNetEncoder(nn.Module):  # torchvision's, without final pooling and classifier
     def __init__(self, cfg, weights=None):
         super().__init__()
         resnet = torchvision.models.get_model(cfg.encoder, weights=weights)
@@ -290,7 +291,7 @@ class MultimodalProjection(nn.Module):
         else:  # one linear map; as in nanoVLM, pixel_shuffle has no bias
             self.proj = nn.Linear(n_in, n_out, bias=self.kind != 'pixel_shuffle')
         if self.kind == 'perceiver':  # Flamingo's (arXiv 2204.14198), but keys are features only
-            self.norm = make_norm(cfg.text)  # for the features: the blocks normalize only the latents
+            self.norm = make_norm(cfg.text)  # for x; norm1 in the blocks sees only latents
             self.latents = nn.Parameter(0.02 * torch.randn(cfg.n_latents, n_out))
             self.resampler = Transformer(replace(cfg.text, n_layer=2))  # not causal; gets no rope
     def forward(self, x):
@@ -333,7 +334,7 @@ def packed_mask(positions, n_visual):
     text = (positions == 0).cumsum(dim=1)  # (B,T), which text it is in: 0 1 2 0 1 -> 1 1 1 2 2
     text = F.pad(text, (n_visual, 0))  # (B,S): 0 is the image
     allowed = (text[:, None, :] == 0) | (text[:, None, :] == text[:, :, None])  # [row,query,key]
-    return allowed.tril()[:, None]  # also causal
+    return allowed.tril()[:, None]  # also causal, so the image sees no text
 
 class MinimalVLM(nn.Module):
     def __init__(self, cfg):
@@ -344,7 +345,7 @@ class MinimalVLM(nn.Module):
         self.decoder = LanguageDecoder(cfg)
         self.init_weights()
     def init_weights(self):
-        """GPT-2's scheme, except for q and k in self-attention. Convolutions keep their default."""
+        """GPT-2's scheme, except for some q and k: see below. Convolutions keep their default."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -388,14 +389,14 @@ class MinimalVLM(nn.Module):
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
         h = h[is_scored]
-        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # multiple of 256: oneDNN compiles per length
+        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # to n*256: oneDNN (CPU) compiles per length
         logits = self.decoder.head(padded)[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
     @torch.inference_mode()
     def stream(self, images, ids, max_new_tokens=50, temperature=1.0, top_p=1.0, top_k=0, stop=-1):
         """Yields the next tokens (B,1). Call eval() first. ids (B,T): prompts of equal length. images:
-        (B,3,P,P), (1,3,P,P) for all B, or None. After a row yields stop (-1: none), it repeats it."""
+        (B,3,P,P), (1,3,P,P) for all B, or None. After stop (-1: none) a row only repeats it."""
         x = self.embed(images, ids)
         caches = [KVCache() for _ in self.decoder.transformer.blocks]
         pos = torch.arange(x.size(1), device=x.device)
@@ -419,7 +420,7 @@ class MinimalVLM(nn.Module):
         answers = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-100)  # (n,L)
         ids = torch.cat([prompt.expand(len(choices), -1), answers.clamp(min=0)], dim=1)  # (n,T+L)
         logits, _ = self(image[None], ids)  # (n,T+L,V); those at t predict token t + 1
-        logits = logits[:, len(prompt) - 1 : -1].float().mT  # for the answers, (n,V,L)
+        logits = logits[:, len(prompt) - 1 : -1].float().mT  # positions T-1 to T+L-2, (n,V,L)
         return -F.cross_entropy(logits, answers, reduction='none').sum(dim=1)  # -100: ignored
 
     @classmethod
@@ -457,15 +458,14 @@ def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
 
 # 8. Public weights and checkpoints --------------------------------------------------------------------
 def read_table(text):
-    """{column header: {row label: cell}}, for every column after the first."""
+    """The columns after the first, as dicts: VISION_NAMES['SigLIP']['norm'] is 'post_layernorm'."""
     header, *rows = [line.split() for line in text.strip().splitlines()]
     return {column: {row[0]: row[i] for row in rows} for i, column in enumerate(header) if i > 0}
 
-# Our layers and their names in public files; .weight or .bias follows, except after position_embedding.
-# In a cell, # is the block number, - none, .T stored transposed, [0] [1] [2] a third of a joined q, k, v.
-# Five examples. GPT-2's h.2.attn.c_attn.weight is transposed, and its thirds are our blocks.2.attn.q, .k, .v;
-# its h.2.attn.bias, a mask, is ignored (UNUSED). Llama's layers.2.mlp.up_proj.weight is blocks.2.mlp.up, its
-# lm_head.weight must equal the embedding. SigLIP's position embeddings are interpolated to our grid.
+# Our layers and their names in public files, before .weight or .bias (position_embedding: the whole name).
+# Cells: # block number, - none, .T weight stored transposed, [0] [1] [2] a third of joined q, k, v. GPT-2's
+# h.2.attn.c_attn.weight is our blocks.2.attn.q, .k and .v; its h.2.attn.bias, a mask, is ignored; Llama's
+# layers.2.mlp.up_proj is blocks.2.mlp.up; lm_head must equal embedding; SigLIP's positions are interpolated.
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
 stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
@@ -521,7 +521,7 @@ SUPPORTED = {  # keys of config.json that must have this value or be absent
     'gpt2': dict(activation_function='gelu_new', scale_attn_by_inverse_layer_idx=False),
     'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False, rope_scaling=None,
                   rope_type='default', tie_word_embeddings=True)}
-BASES = [('gpt2', 'text', GPT2), ('nanovlm-text', 'text', LLAMA),  # column above, part, defaults
+BASES = [('gpt2', 'text', GPT2), ('nanovlm-text', 'text', LLAMA),  # column of CONFIG_NAMES, part, defaults
          ('llama', 'text', LLAMA), ('siglip', 'vision', SIGLIP_B), ('nanovlm-vision', 'vision', SIGLIP_B)]
 IMAGE_FIELDS = ('encoder', 'stem', 'image_size', 'patch_size', 'image_mean', 'image_std')
 IMAGE_DEFAULTS = {field: getattr(VLMConfig, field) for field in IMAGE_FIELDS}
@@ -567,7 +567,7 @@ def read_config(name):
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
         return IMAGE_DEFAULTS | dict(encoder=name, patch_size=32, image_mean=mean, image_std=std)
     path = fetch(name, 'config.json')
-    fetch(name, 'model.safetensors', only_check=True)  # fail early if it is sharded, or absent
+    fetch(name, 'model.safetensors', only_check=True)  # fail early: it may be sharded
     c = read_json(path)
     kind = str(c.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # nanoVLM has none
     check(kind in SUPPORTED, f'{path}: model_type={kind} must be one of {", ".join(SUPPORTED)}')
@@ -607,12 +607,13 @@ def read_safetensors(path):
 def published_name(name, table):
     """What a file calls our parameter, whether to transpose it, and which third of it to take ([]: all).
     In GPT-2's column, transformer.blocks.3.attn.k.bias is h.3.attn.c_attn.bias, False, ['1']."""
+    if name in table:  # position_embedding: its cell is the whole name
+        return table[name], False, []
     ours, _, suffix = name.removeprefix('transformer.').rpartition('.')  # blocks.3.attn.k, bias
     number = ''.join(re.findall(r'\.(\d+)\.', ours))  # '3', or '' outside the blocks
-    entry = table.get(re.sub(r'\.\d+\.', '.#.', ours), '-')  # h.#.attn.c_attn.T[1]
-    cell = table.get(name, f'{entry}.{suffix}')  # position_embedding's cell is a full name
-    theirs = re.sub(r'\.T|\[\d\]', '', cell).replace('#', number)
-    return theirs, '.T' in cell and suffix == 'weight', re.findall(r'\[(\d)\]', cell)
+    cell = table.get(re.sub(r'\.\d+\.', '.#.', ours), '-')  # h.#.attn.c_attn.T[1]
+    theirs = re.sub(r'\.T|\[\d\]', '', cell).replace('#', number)  # h.3.attn.c_attn
+    return f'{theirs}.{suffix}', '.T' in cell and suffix == 'weight', re.findall(r'\[(\d)\]', cell)
 
 def load_weights(model, path):
     """Loads each part in NAMES that the file has; such a part must be complete. The others stay unchanged."""
@@ -622,7 +623,7 @@ def load_weights(model, path):
         tensors.setdefault('decoder.token_embedding.weight', head)
     used = set()
     for part, table in [(part, table) for part in NAMES for table in NAMES[part].values()]:
-        if list(table.values())[-1] + '.weight' not in tensors:  # its last row: is it there?
+        if list(table.values())[-1] + '.weight' not in tensors:  # its last row tells
             continue
         for name, parameter in getattr(model, part).named_parameters():
             theirs, transpose, third = published_name(name, table)
@@ -633,7 +634,7 @@ def load_weights(model, path):
             if third:
                 tensor = tensor.chunk(3)[int(third[0])]
             if name == 'position_embedding':
-                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # (1,n,C) too
+                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # or (1,n,C)
             check(tensor.shape == parameter.shape, f'{path}: {theirs} must be {list(parameter.shape)}')
             parameter.data.copy_(tensor)
             used.add(theirs)
@@ -732,7 +733,7 @@ class Tokenizer:
         tokens = {t.translate(alphabet): i for t, i in vocab.items() if t not in special}
         return cls(name, tokens, special, pieces)
 
-def learn_bpe(texts, vocab_size):
+def learn_bpe(texts, n_tokens):
     """BPE (arXiv 1508.07909): repeatedly joins the most frequent pair of adjacent tokens into a new one."""
     pattern = r' ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+'  # roughly PIECES: re has no \p
     pieces = Counter(piece for text in texts for piece in re.findall(pattern, text))
@@ -748,7 +749,7 @@ def learn_bpe(texts, vocab_size):
             where[pair].add(i)
     for i in range(len(words)):
         count(i, 1)
-    while pairs and len(tokens) < vocab_size:
+    while pairs and len(tokens) < n_tokens:
         (left, right), n = pairs.most_common(1)[0]
         if n < 2:
             break
@@ -766,7 +767,7 @@ def learn_bpe(texts, vocab_size):
 def open_image(path, size):
     """An image file as 8-bit RGB, upright. A JPEG may be decoded smaller, but never below size."""
     try:
-        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # size warning
+        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # of its size
             image.draft('RGB', (size, size))
             return to_rgb(image)
     except Exception as e:  # broken files make Pillow raise almost anything
@@ -790,7 +791,7 @@ def image_transform(cfg):  # RGB image -> uint8 (3,P,P), squashed to a square; e
     return transforms.Compose([transforms.Resize([cfg.image_size] * 2), transforms.PILToTensor()])
 
 def encode_prompt(tokenizer, cfg, prompt):
-    """Token ids of the templated prompt, cut to half the text budget. If empty: caption_prompt, else END."""
+    """Token ids of the templated prompt, at most half the room for text. If empty: caption_prompt, or END."""
     prompt = prompt.strip() or cfg.caption_prompt
     if not prompt:
         return [tokenizer.end]
@@ -818,7 +819,7 @@ def collate(items, cfg, tokenizer, transform):
             targets = [-100] * (len(prompt_ids) - 1) + text[len(prompt_ids) :]
             row += zip(text[:-1], targets, range(len(targets)))
         rows.append(row[:room])
-    # pad to a multiple of 16: oneDNN compiles per length. At position 0, each padding token is a text
+    # pad to a multiple of 16 (oneDNN compiles per length), at position 0: for packed_mask, texts of one token
     longest = min(room, math.ceil(max(map(len, rows)) / 16) * 16)
     rows = torch.tensor([row + [(0, -100, 0)] * (longest - len(row)) for row in rows])  # (B,T,3)
     ids, targets, positions = rows.unbind(-1)
@@ -828,8 +829,8 @@ def collate(items, cfg, tokenizer, transform):
 
 # 11. Command line -------------------------------------------------------------------------------------
 def override(settings, argv=None):
-    """Overrides settings, the globals() of a script, by --name=value, --name value or a bare --flag. Each
-    line `name = default  # comment` is a setting: the default sets its type, --help shows the comment."""
+    """Overrides settings, the globals() of a script, by --name=value, --name value or a bare --flag. A
+    setting is an unindented line `name = default  # comment`; its default sets the type, --help shows it."""
     def true_or_false(text):
         return bool(json.loads(text.lower()))
     with open(settings['__file__'], encoding='utf-8') as f:
