@@ -1890,6 +1890,18 @@ def test_learning_from_text_without_spaces_takes_seconds():
     assert time.process_time() - began < 16
     assert len(learned) == 1024
 
+def test_learned_tokens_lie_within_the_pieces_of_encoding():
+    """Which tiktoken splits off with the same pattern, written with the regex package's character classes."""
+    regex = pytest.importorskip('regex')
+    texts = ["it's 12:30,  we'll go to_day", "she's at no. 45  and you'll see", "don't\n  sell 30 cafés, they're ours"]
+
+    learned = vlm.learn_bpe(texts * 2, 1000)
+
+    pieces = {piece for text in texts for piece in regex.findall(vlm.PIECES, text)}
+    whole = {token.encode('latin-1').decode('utf-8', 'replace') for token in learned if len(token) > 1}
+    assert {piece for piece in pieces if len(piece.encode()) > 1} <= whole
+    assert all(any(token.strip('\ufffd') in piece for piece in pieces) for token in whole)
+
 def test_learning_stops_where_no_pair_comes_twice():
     learned = vlm.learn_bpe(['ab', 'ab', 'xy'], 1000)
 

@@ -93,7 +93,7 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
         check_choices(self)
         check(self.vision.position == 'learned', "position='rope' is for the decoder only")
         check(self.encoder == 'vit' or self.patch_size == 32, 'a ResNet needs patch_size=32')
-        fits = self.stem == 'patch' or self.patch_size == 8 or self.encoder != 'vit'
+        fits = self.encoder != 'vit' or self.stem == 'patch' or self.patch_size == 8
         check(fits, "stem='conv' needs patch_size=8")
         P, cell = self.image_size, self.patch_size * self.factor
         check(P >= cell > 0 and P % cell == 0, f'image_size={P} must be a multiple of {cell}')
@@ -124,7 +124,7 @@ def make_norm(cfg):
     return nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps, bias=cfg.bias)
 
 def rope_cos_sin(cfg, pos):
-    """Cosine and sine of each channel pair's rotation angle at positions pos, (T,) or (B,T)."""
+    """Cosine and sine of each channel pair's angle at positions pos, (T,) or (B,T); a 1 for the heads."""
     D = cfg.n_embd // cfg.n_head
     exponent = torch.arange(0, D, 2, device=pos.device) / D  # 2i/D for pair i, from 0 to almost 1
     angle = pos[..., None] * cfg.rope_base**-exponent  # (...,T,D/2), later pairs rotate more slowly
@@ -146,9 +146,9 @@ def attend(q, k, v, mask=None):
     att = F.softmax(att, dim=-1)
     return att @ v, att  # (B,H,T,S) x (B,H,S,D) -> (B,H,T,D)
 
-def avoid_fused_attention(q):  # SDPA, the fused call: slow in bf16 on CPUs, bugs on older MPS
+def avoid_fused_attention(q):  # SDPA: slow to train in bf16 on CPUs, bugs on MPS before 2.13
     slow_on_cpu = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad
-    return slow_on_cpu or (q.is_mps and torch.__version__ < (2, 13))  # a TorchVersion, not a str
+    return slow_on_cpu or (q.is_mps and torch.__version__ < (2, 13))  # compares by number
 
 class KVCache:  # the keys (after RoPE) and values (B,G,S,D) that one layer has computed so far
     k = v = None  # until the first update
@@ -189,7 +189,7 @@ class Attention(nn.Module):
             k = k.repeat_interleave(self.group_size, dim=1)
             v = v.repeat_interleave(self.group_size, dim=1)
         is_causal = self.causal and mask is None  # an explicit mask is already causal
-        if x.size(1) == 1:  # the newest token sees all keys; is_causal would show it only the first
+        if x.size(1) == 1:  # the newest token sees all keys; is_causal, aligned top left, shows one
             is_causal = False
         if self.keep_map or avoid_fused_attention(q):
             if is_causal:  # T = S: there is no cache, or it was empty
@@ -244,7 +244,7 @@ class Transformer(nn.Module):  # blocks and a final norm
 # 3. Vision encoder ------------------------------------------------------------------------------------
 def conv_stem(C):
     """(B,3,P,P) -> (B,C,P/8,P/8). Slower than one convolution, but needs far fewer training images."""
-    layers = [nn.Conv2d(3, C // 4, kernel_size=4, stride=2, padding=1), nn.GELU()]
+    layers = [nn.Conv2d(3, C // 4, kernel_size=4, stride=2, padding=1), nn.GELU()]  # to P/2
     for c_in, c_out in ((C // 4, C // 4), (C // 4, C // 2)):  # poolings: to P/4, to P/8
         conv = nn.Conv2d(c_in, c_out, kernel_size=3, padding=1, bias=False)
         layers += [conv, nn.MaxPool2d(2), nn.BatchNorm2d(c_out), nn.GELU()]
@@ -281,7 +281,7 @@ def pixel_shuffle(x, f):
     return x.reshape(B, g * g, f * f * C)
 
 class MultimodalProjection(nn.Module):
-    # to add one: name it in VLMConfig.projection, count it in n_visual, build and call it below
+    # to add one: name it in VLMConfig.projection, count it in n_visual (and factor), build and call it below
     def __init__(self, cfg, n_in):
         super().__init__()
         self.kind, self.factor = cfg.projection, cfg.factor
@@ -291,7 +291,7 @@ class MultimodalProjection(nn.Module):
         else:  # one linear map; as in nanoVLM, pixel_shuffle has no bias
             self.proj = nn.Linear(n_in, n_out, bias=self.kind != 'pixel_shuffle')
         if self.kind == 'perceiver':  # Flamingo's (arXiv 2204.14198), but keys are features only
-            self.norm = make_norm(cfg.text)  # for x; norm1 in the blocks sees only latents
+            self.norm = make_norm(cfg.text)  # for x: a Block does not normalize context
             self.latents = nn.Parameter(0.02 * torch.randn(cfg.n_latents, n_out))
             self.resampler = Transformer(replace(cfg.text, n_layer=2))  # not causal; gets no rope
     def forward(self, x):
@@ -334,7 +334,7 @@ def packed_mask(positions, n_visual):
     text = (positions == 0).cumsum(dim=1)  # (B,T), which text it is in: 0 1 2 0 1 -> 1 1 1 2 2
     text = F.pad(text, (n_visual, 0))  # (B,S): 0 is the image
     allowed = (text[:, None, :] == 0) | (text[:, None, :] == text[:, :, None])  # [row,query,key]
-    return allowed.tril()[:, None]  # also causal, so the image sees no text
+    return allowed.tril()[:, None]  # also causal
 
 class MinimalVLM(nn.Module):
     def __init__(self, cfg):
@@ -389,7 +389,7 @@ class MinimalVLM(nn.Module):
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
         h = h[is_scored]
-        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # to n*256: oneDNN (CPU) compiles per length
+        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # more rows: oneDNN compiles per length
         logits = self.decoder.head(padded)[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
@@ -448,7 +448,7 @@ def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
         return logits.argmax(dim=-1, keepdim=True)
     logits, ids = logits.float().sort(dim=-1, descending=True)
     logits = logits[..., : top_k or None]  # [: None] keeps all
-    logits = (logits - logits[..., :1]) / max(temperature, 1e-30)  # the largest is 0: never inf
+    logits = (logits - logits[..., :1]) / max(temperature, 1e-30)  # all <= 0: never +inf
     probs = F.softmax(logits, dim=-1)
     if p < 1:
         # drop a token if those before it already sum to p, so the crossing token stays
@@ -462,7 +462,7 @@ def read_table(text):
     header, *rows = [line.split() for line in text.strip().splitlines()]
     return {column: {row[0]: row[i] for row in rows} for i, column in enumerate(header) if i > 0}
 
-# Our layers and their names in public files, before .weight or .bias (position_embedding: the whole name).
+# Our layers and their names in public files, without .weight or .bias (position_embedding's are whole names).
 # Cells: # block number, - none, .T weight stored transposed, [0] [1] [2] a third of joined q, k, v. GPT-2's
 # h.2.attn.c_attn.weight is our blocks.2.attn.q, .k and .v; its h.2.attn.bias, a mask, is ignored; Llama's
 # layers.2.mlp.up_proj is blocks.2.mlp.up; lm_head must equal embedding; SigLIP's positions are interpolated.
@@ -618,12 +618,12 @@ def published_name(name, table):
 def load_weights(model, path):
     """Loads each part in NAMES that the file has; such a part must be complete. The others stay unchanged."""
     tensors = {re.sub(PREFIX, '', name): x for name, x in read_safetensors(path).items()}
-    head = tensors.pop('lm_head.weight', tensors.pop('decoder.head.weight', None))  # Llama, nanoVLM
+    head = tensors.pop('lm_head.weight', tensors.pop('decoder.head.weight', None))  # Llama's or nanoVLM's
     if head is not None and 'decoder.norm.weight' in tensors:  # nanoVLM may store only the head
         tensors.setdefault('decoder.token_embedding.weight', head)
     used = set()
     for part, table in [(part, table) for part in NAMES for table in NAMES[part].values()]:
-        if list(table.values())[-1] + '.weight' not in tensors:  # its last row tells
+        if list(table.values())[-1] + '.weight' not in tensors:  # a part is there if this is
             continue
         for name, parameter in getattr(model, part).named_parameters():
             theirs, transpose, third = published_name(name, table)
@@ -634,7 +634,7 @@ def load_weights(model, path):
             if third:
                 tensor = tensor.chunk(3)[int(third[0])]
             if name == 'position_embedding':
-                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # or (1,n,C)
+                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # to (n,C)
             check(tensor.shape == parameter.shape, f'{path}: {theirs} must be {list(parameter.shape)}')
             parameter.data.copy_(tensor)
             used.add(theirs)
@@ -735,7 +735,7 @@ class Tokenizer:
 
 def learn_bpe(texts, n_tokens):
     """BPE (arXiv 1508.07909): repeatedly joins the most frequent pair of adjacent tokens into a new one."""
-    pattern = r' ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+'  # roughly PIECES: re has no \p
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?=\d)|\s+(?!\S)|\s+"  # as PIECES
     pieces = Counter(piece for text in texts for piece in re.findall(pattern, text))
     # (word, count): a word is a list of tokens, at first one for each byte, written as a latin-1 character
     words = [(list(piece.encode('utf-8', 'replace').decode('latin-1')), n) for piece, n in pieces.items()]
@@ -767,7 +767,7 @@ def learn_bpe(texts, n_tokens):
 def open_image(path, size):
     """An image file as 8-bit RGB, upright. A JPEG may be decoded smaller, but never below size."""
     try:
-        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # of its size
+        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # huge ones warn
             image.draft('RGB', (size, size))
             return to_rgb(image)
     except Exception as e:  # broken files make Pillow raise almost anything
@@ -815,22 +815,22 @@ def collate(items, cfg, tokenizer, transform):
         for prompt, answer in texts:
             prompt_ids = encode_prompt(tokenizer, cfg, prompt)
             text = prompt_ids + encode_answer(tokenizer, cfg, answer)
-            # p1 p2 a END -> ids p1 p2 a, targets -100 a END. Shifted per text: no END predicts the next one
+            # p1 p2 a END -> ids p1 p2 a, targets -100 a END. Shifted per text: no END predicts the next text
             targets = [-100] * (len(prompt_ids) - 1) + text[len(prompt_ids) :]
             row += zip(text[:-1], targets, range(len(targets)))
         rows.append(row[:room])
-    # pad to a multiple of 16 (oneDNN compiles per length), at position 0: for packed_mask, texts of one token
+    # pad to a multiple of 16 (oneDNN compiles per length); packed_mask takes each pad for a text of its own
     longest = min(room, math.ceil(max(map(len, rows)) / 16) * 16)
     rows = torch.tensor([row + [(0, -100, 0)] * (longest - len(row)) for row in rows])  # (B,T,3)
     ids, targets, positions = rows.unbind(-1)
     packed = any(len(texts) > 1 for _, texts in items)
     images = torch.stack([transform(image) for image, _ in items])
-    return images, ids, targets, positions if packed else None
+    return images, ids, targets, (positions if packed else None)
 
 # 11. Command line -------------------------------------------------------------------------------------
 def override(settings, argv=None):
-    """Overrides settings, the globals() of a script, by --name=value, --name value or a bare --flag. A
-    setting is an unindented line `name = default  # comment`; its default sets the type, --help shows it."""
+    """Overrides settings, the globals() of a script, by --name=value, --name value or a bare --flag. Settings
+    are unindented lines `name = default  # comment`; defaults set the types, --help shows the comments."""
     def true_or_false(text):
         return bool(json.loads(text.lower()))
     with open(settings['__file__'], encoding='utf-8') as f:
