@@ -1893,7 +1893,7 @@ def test_learning_from_text_without_spaces_takes_seconds():
 def test_learned_tokens_lie_within_the_pieces_of_encoding():
     """Which tiktoken splits off with the same pattern, written with the regex package's character classes."""
     regex = pytest.importorskip('regex')
-    texts = ["it's 12:30,  we'll go to_day", "she's at no. 45  and you'll see", "don't\n  sell 30 cafés, they're ours"]
+    texts = ["it's 12:30,  we'll go to_day", "she's at no. 45  and you'll see", "don't\n  sell 30 cafés"]
 
     learned = vlm.learn_bpe(texts * 2, 1000)
 

@@ -8,7 +8,7 @@ A minimal vision-language model: an image and a question go in, words come out.
     [ v1 v2 ... vN ]  ------ one sequence ------ [ t1 t2 ... tT ]
                                    | LanguageDecoder: causal; the image comes first, so all text sees it
                              logits (T,V) -> sample_top_p -> the next token, and repeat
-Sections 1 to 7 are the model, the rest files, tokenizers, images and the command line. train.py trains it.
+Sections 1 to 7: the model; 8 to 11: files, tokenizers, images, the command line. train.py trains it.
 Shapes: B batch, P pixels per side, N visual and T text tokens, S = N + T, V vocabulary, C decoder channels,
 C' encoder channels. In attention: any T queries, any S keys, H heads, G key/value heads, D channels each.
 """
@@ -74,7 +74,7 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     input_norm: bool = False     # normalize what enters the decoder: see LanguageDecoder
     vocab_size: int = 50257
     block_size: int = 1024       # maximum sequence length: visual tokens and at least 16 for text
-    tokenizer: str = 'bpe'       # passed to Tokenizer.make
+    tokenizer: str = 'bpe'       # see Tokenizer.make
     prompt_template: str = ' {}' # what the decoder reads; {} stands for the prompt
     answer_prefix: str = ' '     # starts the answer; to BPE, 'red' and ' red' are different tokens
     caption_prompt: str = ''     # the prompt that asks for a caption
@@ -124,7 +124,7 @@ def make_norm(cfg):
     return nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps, bias=cfg.bias)
 
 def rope_cos_sin(cfg, pos):
-    """Cosine and sine of each channel pair's angle at positions pos, (T,) or (B,T); a 1 for the heads."""
+    """Cosine and sine of each channel pair's angle at positions pos, (T,) or (B,T). All heads share them."""
     D = cfg.n_embd // cfg.n_head
     exponent = torch.arange(0, D, 2, device=pos.device) / D  # 2i/D for pair i, from 0 to almost 1
     angle = pos[..., None] * cfg.rope_base**-exponent  # (...,T,D/2), later pairs rotate more slowly
@@ -148,7 +148,7 @@ def attend(q, k, v, mask=None):
 
 def avoid_fused_attention(q):  # SDPA: slow to train in bf16 on CPUs, bugs on MPS before 2.13
     slow_on_cpu = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad
-    return slow_on_cpu or (q.is_mps and torch.__version__ < (2, 13))  # compares by number
+    return slow_on_cpu or (q.is_mps and torch.__version__ < (2, 13))  # a TorchVersion: by number
 
 class KVCache:  # the keys (after RoPE) and values (B,G,S,D) that one layer has computed so far
     k = v = None  # until the first update
@@ -160,7 +160,7 @@ class KVCache:  # the keys (after RoPE) and values (B,G,S,D) that one layer has 
         return k, v
 
 class Attention(nn.Module):
-    """Multi-head attention: each query scores every key; the output averages the values, weighted by softmax.
+    """Multi-head attention: each query scores the keys; the output averages the values, weighted by softmax.
     Self- or cross-attention, causal or not, with grouped-query heads, RoPE and a KV cache."""
     def __init__(self, cfg, causal=False):
         super().__init__()
@@ -188,8 +188,8 @@ class Attention(nn.Module):
         if self.group_size > 1:  # (B,G,S,D) -> (B,H,S,D)
             k = k.repeat_interleave(self.group_size, dim=1)
             v = v.repeat_interleave(self.group_size, dim=1)
-        is_causal = self.causal and mask is None  # an explicit mask is already causal
-        if x.size(1) == 1:  # the newest token sees all keys; is_causal, aligned top left, shows one
+        is_causal = self.causal and mask is None  # an explicit mask must be causal itself
+        if x.size(1) == 1:  # the newest token sees all keys; is_causal would align it with key 0
             is_causal = False
         if self.keep_map or avoid_fused_attention(q):
             if is_causal:  # T = S: there is no cache, or it was empty
@@ -290,7 +290,7 @@ class MultimodalProjection(nn.Module):
             self.proj = nn.Sequential(nn.Linear(n_in, n_hidden), nn.GELU(), nn.Linear(n_hidden, n_out))
         else:  # one linear map; as in nanoVLM, pixel_shuffle has no bias
             self.proj = nn.Linear(n_in, n_out, bias=self.kind != 'pixel_shuffle')
-        if self.kind == 'perceiver':  # Flamingo's (arXiv 2204.14198), but keys are features only
+        if self.kind == 'perceiver':  # Flamingo's (arXiv 2204.14198) without the latents among the keys
             self.norm = make_norm(cfg.text)  # for x: a Block does not normalize context
             self.latents = nn.Parameter(0.02 * torch.randn(cfg.n_latents, n_out))
             self.resampler = Transformer(replace(cfg.text, n_layer=2))  # not causal; gets no rope
@@ -355,7 +355,7 @@ class MinimalVLM(nn.Module):
             for block in stack.blocks:
                 for layer in (block.attn.out, block.mlp.down):  # smaller: each adds to x
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
-        # in self-attention (not the Perceiver) q and k start equal, so similar tokens have a large q.k:
+        # in self-attention (not the Perceiver) q and k start with equal weights: similar tokens score high, so
         # small models learn sooner to ground words in the image (mimetic initialization, arXiv 2305.09828)
         for attn in [*self.vision.modules(), *self.decoder.modules()]:
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
@@ -389,7 +389,7 @@ class MinimalVLM(nn.Module):
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
         h = h[is_scored]
-        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # more rows: oneDNN compiles per length
+        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # to n*256 rows: oneDNN compiles per length
         logits = self.decoder.head(padded)[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
@@ -448,7 +448,7 @@ def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
         return logits.argmax(dim=-1, keepdim=True)
     logits, ids = logits.float().sort(dim=-1, descending=True)
     logits = logits[..., : top_k or None]  # [: None] keeps all
-    logits = (logits - logits[..., :1]) / max(temperature, 1e-30)  # all <= 0: never +inf
+    logits = (logits - logits[..., :1]) / max(temperature, 1e-30)  # the top is 0: no +inf
     probs = F.softmax(logits, dim=-1)
     if p < 1:
         # drop a token if those before it already sum to p, so the crossing token stays
@@ -462,10 +462,10 @@ def read_table(text):
     header, *rows = [line.split() for line in text.strip().splitlines()]
     return {column: {row[0]: row[i] for row in rows} for i, column in enumerate(header) if i > 0}
 
-# Our layers and their names in public files, without .weight or .bias (position_embedding's are whole names).
-# Cells: # block number, - none, .T weight stored transposed, [0] [1] [2] a third of joined q, k, v. GPT-2's
-# h.2.attn.c_attn.weight is our blocks.2.attn.q, .k and .v; its h.2.attn.bias, a mask, is ignored; Llama's
-# layers.2.mlp.up_proj is blocks.2.mlp.up; lm_head must equal embedding; SigLIP's positions are interpolated.
+# Our layers and their names in public files; .weight or .bias follows, except after position_embedding.
+# In a cell: # block number, - none, .T weight stored transposed, [0] [1] [2] a third of a joined q, k, v.
+# GPT-2's h.2.attn.c_attn.weight gives our blocks.2.attn.q, .k and .v; its h.2.attn.bias, a mask, is ignored.
+# Llama's lm_head must equal its embedding. Vision positions are interpolated if the grids differ.
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
 stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
@@ -540,7 +540,7 @@ def fetch(name, file, only_check=False):
     def show(blocks, size, total):  # every 5% of a large file
         if total > 10**7 and blocks % (total // size // 20) == 0:
             print(f'{url}: {blocks * size / 1e6:.0f} of {total / 1e6:.0f} MB', file=sys.stderr)
-    for last in (False, False, True):  # three attempts; once the file exists, the rest do nothing
+    for is_last in (False, False, True):  # three attempts; once the file exists, the rest do nothing
         if not os.path.exists(path):
             try:
                 if only_check:
@@ -550,7 +550,7 @@ def fetch(name, file, only_check=False):
                 part, _ = urllib.request.urlretrieve(url, f'{path}.{os.getpid()}', show)
                 os.replace(part, path)
             except (OSError, ValueError) as e:  # ContentTooShortError is an OSError
-                check(not last, f'cannot download {url} ({e}): get it by hand '
+                check(not is_last, f'cannot download {url} ({e}): get it by hand '
                                 f'(one file, no shards) as {path}, or train your own model: python train.py')
     return path
 
@@ -606,10 +606,10 @@ def read_safetensors(path):
 
 def published_name(name, table):
     """What a file calls our parameter, whether to transpose it, and which third of it to take ([]: all).
-    In GPT-2's column, transformer.blocks.3.attn.k.bias is h.3.attn.c_attn.bias, False, ['1']."""
+    In GPT-2's column, transformer.blocks.3.attn.k.weight is h.3.attn.c_attn.weight, True, ['1']."""
     if name in table:  # position_embedding: its cell is the whole name
         return table[name], False, []
-    ours, _, suffix = name.removeprefix('transformer.').rpartition('.')  # blocks.3.attn.k, bias
+    ours, _, suffix = name.removeprefix('transformer.').rpartition('.')  # blocks.3.attn.k, weight
     number = ''.join(re.findall(r'\.(\d+)\.', ours))  # '3', or '' outside the blocks
     cell = table.get(re.sub(r'\.\d+\.', '.#.', ours), '-')  # h.#.attn.c_attn.T[1]
     theirs = re.sub(r'\.T|\[\d\]', '', cell).replace('#', number)  # h.3.attn.c_attn
@@ -618,12 +618,12 @@ def published_name(name, table):
 def load_weights(model, path):
     """Loads each part in NAMES that the file has; such a part must be complete. The others stay unchanged."""
     tensors = {re.sub(PREFIX, '', name): x for name, x in read_safetensors(path).items()}
-    head = tensors.pop('lm_head.weight', tensors.pop('decoder.head.weight', None))  # Llama's or nanoVLM's
+    head = tensors.pop('lm_head.weight', tensors.pop('decoder.head.weight', None))  # removes both
     if head is not None and 'decoder.norm.weight' in tensors:  # nanoVLM may store only the head
         tensors.setdefault('decoder.token_embedding.weight', head)
     used = set()
     for part, table in [(part, table) for part in NAMES for table in NAMES[part].values()]:
-        if list(table.values())[-1] + '.weight' not in tensors:  # a part is there if this is
+        if list(table.values())[-1] + '.weight' not in tensors:  # its last row tells: norm or proj
             continue
         for name, parameter in getattr(model, part).named_parameters():
             theirs, transpose, third = published_name(name, table)
@@ -634,7 +634,7 @@ def load_weights(model, path):
             if third:
                 tensor = tensor.chunk(3)[int(third[0])]
             if name == 'position_embedding':
-                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # to (n,C)
+                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # or (1,n,C)
             check(tensor.shape == parameter.shape, f'{path}: {theirs} must be {list(parameter.shape)}')
             parameter.data.copy_(tensor)
             used.add(theirs)
@@ -735,7 +735,7 @@ class Tokenizer:
 
 def learn_bpe(texts, n_tokens):
     """BPE (arXiv 1508.07909): repeatedly joins the most frequent pair of adjacent tokens into a new one."""
-    pattern = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?=\d)|\s+(?!\S)|\s+"  # as PIECES
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?=\d)|\s+(?!\S)|\s+"  # nearly PIECES
     pieces = Counter(piece for text in texts for piece in re.findall(pattern, text))
     # (word, count): a word is a list of tokens, at first one for each byte, written as a latin-1 character
     words = [(list(piece.encode('utf-8', 'replace').decode('latin-1')), n) for piece, n in pieces.items()]
@@ -754,7 +754,7 @@ def learn_bpe(texts, n_tokens):
         if n < 2:
             break
         tokens.setdefault(left + right, len(tokens))  # it may exist: abc is a + bc or ab + c
-        for i in sorted(where[left, right]):
+        for i in list(where[left, right]):
             count(i, -1)
             word, _ = words[i]
             for j in range(len(word)):  # the word shrinks, so the last slices may be empty
@@ -819,7 +819,7 @@ def collate(items, cfg, tokenizer, transform):
             targets = [-100] * (len(prompt_ids) - 1) + text[len(prompt_ids) :]
             row += zip(text[:-1], targets, range(len(targets)))
         rows.append(row[:room])
-    # pad to a multiple of 16 (oneDNN compiles per length); packed_mask takes each pad for a text of its own
+    # pad to a multiple of 16 (oneDNN compiles per length); pads have position 0: each a text to packed_mask
     longest = min(room, math.ceil(max(map(len, rows)) / 16) * 16)
     rows = torch.tensor([row + [(0, -100, 0)] * (longest - len(row)) for row in rows])  # (B,T,3)
     ids, targets, positions = rows.unbind(-1)
