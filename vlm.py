@@ -355,7 +355,7 @@ class MinimalVLM(nn.Module):
             for block in stack.blocks:
                 for layer in (block.attn.out, block.mlp.down):  # smaller: each adds to x
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
-        # in self-attention (not the Perceiver) q and k start with equal weights: similar tokens score high, so
+        # in self-attention (not the Perceiver) q and k start equal, so similar tokens score high:
         # small models learn sooner to ground words in the image (mimetic initialization, arXiv 2305.09828)
         for attn in [*self.vision.modules(), *self.decoder.modules()]:
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
