@@ -57,8 +57,8 @@ class Shapes:
     def __getitem__(self, i):
         rng = random.Random(f'{self.seed} {self.split} {i}')
         scene = self.make_scene(rng)
-        asked = [question(scene, rng, self.pairs) for question in QUESTIONS]
-        return self.draw(scene, rng), [('', caption(scene)), *filter(None, asked)]
+        asked = [text for question in QUESTIONS for text in question(scene, rng, self.pairs)]
+        return self.draw(scene, rng), [('', caption(scene)), *dict.fromkeys(asked)]  # each once
 
     def make_scene(self, rng):
         """One to three things that hardly ever touch, in reading order."""
@@ -90,15 +90,16 @@ def caption(scene):
     things = [f'{PLACES[t.place]} a {t.size} {t.color} {t.shape}' for t in scene]
     return ' and '.join(filter(None, [', '.join(things[:-1]), things[-1]]))
 
-# each returns (question, answer), or None if it does not apply. pairs: those a question may name
+# each yields (question, answer), or nothing if it does not apply. pairs: those a question may name
 def ask_count(scene, rng, pairs):
     traits = [trait for t in scene for trait in (t.color, t.shape)]
     most_common = max(traits, key=traits.count)
     trait = rng.choice(['', most_common, rng.choice(traits), rng.choice([*COLORS, *SHAPES])])
     if trait == '':
-        return 'how many objects are there?', NUMBERS[len(scene)]
-    kind = 'color' if trait in COLORS else 'shape'
-    return f'how many objects have the {kind} {trait}?', NUMBERS[traits.count(trait)]
+        yield 'how many objects are there?', NUMBERS[len(scene)]
+    else:
+        kind = 'color' if trait in COLORS else 'shape'
+        yield f'how many objects have the {kind} {trait}?', NUMBERS[traits.count(trait)]
 
 def ask_color(scene, rng, pairs):
     t = rng.choice(scene)
@@ -106,30 +107,31 @@ def ask_color(scene, rng, pairs):
     wrong = [color for color in dict.fromkeys(colors) if color != t.color]
     options = ': {}, {} or {}'.format(*rng.sample([t.color, *wrong[:2]], 3))
     if [u.shape for u in scene].count(t.shape) == 1:
-        return f'what color is the {t.shape}{rng.choice(["", "", options])}?', t.color
+        yield f'what color is the {t.shape}{rng.choice(["", "", options])}?', t.color
 
 def ask_shape(scene, rng, pairs):
     t = rng.choice(scene)
-    return f'what shape is {PLACES[t.place]}?', t.shape
+    yield f'what shape is {PLACES[t.place]}?', t.shape
 
+# the last two ask in pairs with opposite answers: the contrast halves the steps until they are learned
 def ask_existence(scene, rng, pairs):
-    t = rng.choice(scene)
-    here = [(u.color, u.shape) for u in scene]
-    absent = [p for p in pairs if p not in here and (p[0] == t.color or p[1] == t.shape)]
-    # listed twice, so likelier: pairs whose color and shape are both there, but in different things
-    absent += [p for p in absent if {*p} <= {*itertools.chain(*here)}]
-    if absent:
-        pair, answer = rng.choice([((t.color, t.shape), 'yes'), (rng.choice(absent), 'no')])
-        return f'is there {"an" if pair[0] == "orange" else "a"} {" ".join(pair)}?', answer
+    here = sorted({(t.color, t.shape) for t in scene})
+    for pair in rng.sample(here, min(2, len(here))):
+        absent = [p for p in pairs if p not in here and {*p} & {*pair}]
+        # listed twice, so likelier: pairs whose color and shape are both there, but in different things
+        absent += [p for p in absent if {*p} <= {*itertools.chain(*here)}]
+        if absent:
+            for (color, shape), answer in [(pair, 'yes'), (rng.choice(absent), 'no')]:
+                yield f'is there {"an" if color == "orange" else "a"} {color} {shape}?', answer
 
 def ask_side(scene, rng, pairs):
-    apart = [(t, u) for t in scene for u in scene if t.place % 3 != u.place % 3]
+    apart = [(t, u) for t in scene for u in scene if t.place % 3 < u.place % 3]
     if apart and len({t.shape for t in scene}) == len(scene):
         t, u = rng.choice(apart)
-        return f'is the {t.shape} left or right of the {u.shape}?', 'left' if t.x < u.x else 'right'
+        yield f'is the {t.shape} left or right of the {u.shape}?', 'left'
+        yield f'is the {u.shape} left or right of the {t.shape}?', 'right'
 
-# how often each is asked about a scene
-QUESTIONS = 3 * [ask_existence, ask_count] + 2 * [ask_side, ask_color] + [ask_shape]
+QUESTIONS = 2 * [ask_side, ask_count, ask_color] + [ask_existence, ask_shape]  # asked about each scene
 
 # photos with captions ---------------------------------------------------------------------------------
 # accepted names of table columns and JSON keys, in any case; the first one present is used
