@@ -131,7 +131,7 @@ def ask_side(scene, rng, pairs):
         yield f'is the {t.shape} left or right of the {u.shape}?', 'left'
         yield f'is the {u.shape} left or right of the {t.shape}?', 'right'
 
-QUESTIONS = 2 * [ask_side, ask_count, ask_color] + [ask_existence, ask_shape]  # asked about each scene
+QUESTIONS = 3 * [ask_count] + 2 * [ask_side, ask_color] + [ask_existence, ask_shape]  # asked about each scene
 
 # photos with captions ---------------------------------------------------------------------------------
 # accepted names of table columns and JSON keys, in any case; the first one present is used
