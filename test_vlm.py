@@ -85,7 +85,7 @@ def assert_one_line(error):
 
 # the files --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('name, limit', [
-    ('vlm.py', 850), ('data.py', 455), ('train.py', 560), ('sample.py', 180), ('test_vlm.py', 5100),
+    ('vlm.py', 850), ('data.py', 455), ('train.py', 560), ('sample.py', 180), ('test_vlm.py', 5150),
     ('README.md', 250)])
 def test_the_files_keep_to_their_length_and_width(name, limit):
     lines = (HERE / name).read_text(encoding='utf-8').splitlines()
@@ -3524,7 +3524,9 @@ def test_held_out_items_are_always_the_same_and_of_the_kind_that_is_asked_for(mo
 
     texts_of = {scene.tobytes(): texts for scene, texts in map(scenes.__getitem__, range(50))}
     assert all(texts == texts_of[scene.tobytes()][:1] for scene, texts in captions)
-    assert all(text in texts_of[scene.tobytes()][1:] for scene, [text] in questions)
+    for n, (scene, [text]) in enumerate(questions):  # one after the other, so that all kinds are asked
+        own = texts_of[scene.tobytes()][1:]
+        assert text == own[n % len(own)]
     assert [texts for _, texts in questions] == [texts for _, texts in again]
 
 def test_held_out_items_come_from_all_over_the_data_set():

@@ -258,7 +258,7 @@ def choose_items(data, n, kind=''):
         image, texts = data[i]
         texts = [(q, a) for q, a in texts if not kind or (kind == 'question') == bool(q)]
         if texts:
-            items.append((image, [texts[i % len(texts)]]))
+            items.append((image, [texts[len(items) % len(texts)]]))  # the nth item is asked its nth text
     return items
 
 def exact_answers(model, tok, items, title):
