@@ -118,8 +118,8 @@ def ask_existence(scene, rng, pairs):
     here = sorted({(t.color, t.shape) for t in scene})
     for pair in rng.sample(here, min(2, len(here))):
         absent = [p for p in pairs if p not in here and {*p} & {*pair}]
-        # listed twice, so likelier: pairs whose color and shape are both there, but in different things
-        absent += [p for p in absent if {*p} <= {*itertools.chain(*here)}]
+        # listed four times, so likelier: pairs whose color and shape are both there, but in different things
+        absent += 3 * [p for p in absent if {*p} <= {*itertools.chain(*here)}]
         if absent:
             for (color, shape), answer in [(pair, 'yes'), (rng.choice(absent), 'no')]:
                 yield f'is there {"an" if color == "orange" else "a"} {color} {shape}?', answer
