@@ -113,12 +113,12 @@ def ask_shape(scene, rng, pairs):
     t = rng.choice(scene)
     yield f'what shape is {PLACES[t.place]}?', t.shape
 
-# the last two ask in pairs with opposite answers: the contrast halves the steps until they are learned
+# these two ask in pairs with opposite answers: the contrast halves the steps needed to learn them
 def ask_existence(scene, rng, pairs):
     here = sorted({(t.color, t.shape) for t in scene})
     for pair in rng.sample(here, min(2, len(here))):
         absent = [p for p in pairs if p not in here and {*p} & {*pair}]
-        # listed four times, so likelier: pairs whose color and shape are both there, but in different things
+        # listed four times: the hardest, whose color and shape are both there, but in different things
         absent += 3 * [p for p in absent if {*p} <= {*itertools.chain(*here)}]
         if absent:
             for (color, shape), answer in [(pair, 'yes'), (rng.choice(absent), 'no')]:
