@@ -113,7 +113,7 @@ def ask_shape(scene, rng, pairs):
     t = rng.choice(scene)
     yield f'what shape is {PLACES[t.place]}?', t.shape
 
-# these two ask in pairs with opposite answers: the contrast halves the steps needed to learn them
+# these two ask in pairs with opposite answers: the contrast makes them easier to learn
 def ask_existence(scene, rng, pairs):
     here = sorted({(t.color, t.shape) for t in scene})
     for pair in rng.sample(here, min(2, len(here))):
