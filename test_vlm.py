@@ -85,7 +85,7 @@ def assert_one_line(error):
 
 # the files --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('name, limit', [
-    ('vlm.py', 850), ('data.py', 455), ('train.py', 560), ('sample.py', 180), ('test_vlm.py', 5150),
+    ('vlm.py', 850), ('data.py', 455), ('train.py', 560), ('sample.py', 180), ('test_vlm.py', 5100),
     ('README.md', 250)])
 def test_the_files_keep_to_their_length_and_width(name, limit):
     lines = (HERE / name).read_text(encoding='utf-8').splitlines()
@@ -1878,17 +1878,17 @@ def test_learned_bpe_equals_the_slow_way():
             replace_pair(piece, made[0])
 
 def test_learning_from_text_without_spaces_takes_seconds():
-    """There a caption is one word. Recounting all of them after every merge takes ten times as long."""
+    """Recounting whole captions after every merge took 20."""
     rng = random.Random(0)
     letters = [chr(0x4e00 + i) for i in range(1500)]
     words = [''.join(rng.choices(letters, k=rng.choice([1, 2, 3]))) for _ in range(3000)]
     captions = [''.join(rng.choices(words, [1 / (i + 5) for i in range(3000)], k=12)) for _ in range(2000)]
-    began = time.process_time()
+    began = time.time()
 
-    learned = vlm.learn_bpe(captions, 1024)
+    learned = vlm.learn_bpe(captions, 2047)
 
-    assert time.process_time() - began < 16
-    assert len(learned) == 1024
+    assert time.time() - began < 8
+    assert len(learned) == 2047
 
 def test_learned_tokens_lie_within_the_pieces_of_encoding():
     """Which tiktoken splits off with the same pattern, written with the regex package's character classes."""
@@ -2484,10 +2484,8 @@ def test_a_scene_is_asked_each_question_once_and_left_or_right_both_ways_round()
         questions = dict(scenes[i][1])
         assert len(questions) == len(scenes[i][1])
         for question, answer in questions.items():
-            words = question.split()
-            if 'left' in words:
-                words[2], words[8] = words[8].rstrip('?'), words[2] + '?'
-                assert {answer, questions[' '.join(words)]} == {'left', 'right'}
+            for t, u in re.findall(r'is the (\w+) left or right of the (\w+)', question):
+                assert {answer, questions[f'is the {u} left or right of the {t}?']} == {'left', 'right'}
 
 def test_absent_pairs_whose_color_and_shape_are_both_there_are_asked_for_four_times_as_often():
     """Beside a red circle and a blue square, 12 absent pairs share something with each, two of them both."""

@@ -742,25 +742,25 @@ def learn_bpe(texts, n_tokens):
     tokens = {chr(b): b for b in range(256)}  # token -> id
     pairs = Counter()  # (left, right) -> how often it occurs in all words
     where = defaultdict(set)  # (left, right) -> indices of the words that contain it, or once did
-    def count(i, sign):  # adds the pairs of word i to the counts (1) or takes them out (-1)
-        word, n = words[i]
-        for pair in zip(word, word[1:]):
-            pairs[pair] += sign * n
+    def count(i, part, n):  # adds n for each pair in part, a slice of word i
+        for pair in zip(part, part[1:]):
+            pairs[pair] += n
             where[pair].add(i)
-    for i in range(len(words)):
-        count(i, 1)
+    for i, (word, n) in enumerate(words):
+        count(i, word, n)
     while pairs and len(tokens) < n_tokens:
-        (left, right), n = pairs.most_common(1)[0]
-        if n < 2:
+        (left, right), most = pairs.most_common(1)[0]
+        if most < 2:
             break
         tokens.setdefault(left + right, len(tokens))  # it may exist: abc is a + bc or ab + c
         for i in list(where[left, right]):
-            count(i, -1)
-            word, _ = words[i]
+            word, n = words[i]
             for j in range(len(word)):  # the word shrinks, so the last slices may be empty
                 if word[j : j + 2] == [left, right]:
+                    start = max(0, j - 1)  # the pairs with the neighbors change, too
+                    count(i, word[start : j + 3], -n)
                     word[j : j + 2] = [left + right]
-            count(i, 1)
+                    count(i, word[start : j + 2], n)
     return tokens
 
 # 10. Images and batches -------------------------------------------------------------------------------
