@@ -54,7 +54,7 @@ class TransformerConfig:  # one stack of blocks: vision encoder or language deco
         divisible = min(C, H, G) > 0 and C % H == 0 and H % G == 0
         check(divisible, f'n_embd={C} must be divisible by n_head={H}, and n_head by n_kv_head={G}')
         check(self.position == 'learned' or C // H % 2 == 0, f'RoPE: n_embd/n_head={C // H} must be even')
-        check(0 < self.n_layer < 200, f'n_layer={self.n_layer} must be in 1..199')
+        check(0 < self.n_layer < 200, f'n_layer={self.n_layer} must be in 1..199')  # files can lie
         check(0 <= self.dropout < 1, f'dropout={self.dropout} must be in [0, 1)')
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
         check_choices(self)
         check(self.vision.position == 'learned', "position='rope' is for the decoder only")
         check(self.encoder == 'vit' or self.patch_size == 32, 'a ResNet needs patch_size=32')
-        fits = self.encoder != 'vit' or self.stem == 'patch' or self.patch_size == 8
-        check(fits, "stem='conv' needs patch_size=8")
+        has_conv_stem = self.encoder == 'vit' and self.stem == 'conv'
+        check(not has_conv_stem or self.patch_size == 8, "stem='conv' needs patch_size=8")
         P, cell = self.image_size, self.patch_size * self.factor
         check(P >= cell > 0 and P % cell == 0, f'image_size={P} must be a multiple of {cell}')
         check(self.prompt_template.count('{}') == 1, 'prompt_template must contain {} once')
@@ -148,7 +148,7 @@ def attend(q, k, v, mask=None):
 
 def avoid_fused_attention(q):  # SDPA: slow to train in bf16 on CPUs, bugs on MPS before 2.13
     slow_on_cpu = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad
-    return slow_on_cpu or (q.is_mps and torch.__version__ < (2, 13))  # a TorchVersion: by number
+    return slow_on_cpu or (q.is_mps and torch.__version__ < (2, 13))  # compares numbers, not text
 
 class KVCache:  # the keys (after RoPE) and values (B,G,S,D) that one layer has computed so far
     k = v = None  # until the first update
@@ -189,7 +189,7 @@ class Attention(nn.Module):
             k = k.repeat_interleave(self.group_size, dim=1)
             v = v.repeat_interleave(self.group_size, dim=1)
         is_causal = self.causal and mask is None  # an explicit mask must be causal itself
-        if x.size(1) == 1:  # the newest token sees all keys; is_causal would align it with key 0
+        if x.size(1) == 1:  # the newest token sees all keys; is_causal would show it key 0 only
             is_causal = False
         if self.keep_map or avoid_fused_attention(q):
             if is_causal:  # T = S: there is no cache, or it was empty
@@ -274,7 +274,7 @@ class ResNetEncoder(nn.Module):  # torchvision's, without final pooling and clas
 
 # 4. Projection: from vision features to visual tokens of the decoder's width --------------------------
 def pixel_shuffle(x, f):
-    """Despite its usual name an unshuffle: f x f cells become one. (B,L,C) -> (B,L/f^2,f*f*C)"""
+    """Despite its usual name, this is an unshuffle: f x f cells become one. (B,L,C) -> (B,L/f^2,f*f*C)"""
     B, L, C = x.shape
     g = math.isqrt(L) // f  # output cells per side
     x = x.view(B, g, f, g, f, C).transpose(2, 3)  # (B,i,di,j,dj,C) -> (B,i,j,di,dj,C)
@@ -345,7 +345,7 @@ class MinimalVLM(nn.Module):
         self.decoder = LanguageDecoder(cfg)
         self.init_weights()
     def init_weights(self):
-        """GPT-2's scheme, except for some q and k: see below. Convolutions keep their default."""
+        """Linear layers and embeddings as in GPT-2, except for some q and k: see below."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -448,7 +448,7 @@ def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
         return logits.argmax(dim=-1, keepdim=True)
     logits, ids = logits.float().sort(dim=-1, descending=True)
     logits = logits[..., : top_k or None]  # [: None] keeps all
-    logits = (logits - logits[..., :1]) / max(temperature, 1e-30)  # the top is 0: no +inf
+    logits = (logits - logits[..., :1]) / max(temperature, 1e-30)  # all <= 0, so no +inf
     probs = F.softmax(logits, dim=-1)
     if p < 1:
         # drop a token if those before it already sum to p, so the crossing token stays
@@ -465,7 +465,7 @@ def read_table(text):
 # Our layers and their names in public files; .weight or .bias follows, except after position_embedding.
 # In a cell: # block number, - none, .T weight stored transposed, [0] [1] [2] a third of a joined q, k, v.
 # GPT-2's h.2.attn.c_attn.weight gives our blocks.2.attn.q, .k and .v; its h.2.attn.bias, a mask, is ignored.
-# Llama's lm_head must equal its embedding. Vision positions are interpolated if the grids differ.
+# An output head in a file must equal the embedding. Vision positions are interpolated if the grids differ.
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
 stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
@@ -521,7 +521,7 @@ SUPPORTED = {  # keys of config.json that must have this value or be absent
     'gpt2': dict(activation_function='gelu_new', scale_attn_by_inverse_layer_idx=False),
     'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False, rope_scaling=None,
                   rope_type='default', tie_word_embeddings=True)}
-BASES = [('gpt2', 'text', GPT2), ('nanovlm-text', 'text', LLAMA),  # column of CONFIG_NAMES, part, defaults
+BASES = [('gpt2', 'text', GPT2), ('nanovlm-text', 'text', LLAMA),  # each: column above, part, defaults
          ('llama', 'text', LLAMA), ('siglip', 'vision', SIGLIP_B), ('nanovlm-vision', 'vision', SIGLIP_B)]
 IMAGE_FIELDS = ('encoder', 'stem', 'image_size', 'patch_size', 'image_mean', 'image_std')
 IMAGE_DEFAULTS = {field: getattr(VLMConfig, field) for field in IMAGE_FIELDS}
@@ -529,7 +529,7 @@ ALIASES = {'siglip-b-16': 'google/siglip-base-patch16-224', 'gpt2': 'openai-comm
            'smollm2-135m': 'HuggingFaceTB/SmolLM2-135M', 'nanovlm-222m': 'lusxvr/nanoVLM-222M'}
 
 def fetch(name, file, only_check=False):
-    """Path of a file in a folder or a Hugging Face repository; downloads it, or only checks for it."""
+    """Path of a file in a folder, or in a Hugging Face repository: downloads it, or only checks for it."""
     if os.path.isdir(os.path.expanduser(name)):
         return os.path.join(os.path.expanduser(name), file)
     repository = ALIASES.get(name, name)
@@ -540,7 +540,7 @@ def fetch(name, file, only_check=False):
     def show(blocks, size, total):  # every 5% of a large file
         if total > 10**7 and blocks % (total // size // 20) == 0:
             print(f'{url}: {blocks * size / 1e6:.0f} of {total / 1e6:.0f} MB', file=sys.stderr)
-    for is_last in (False, False, True):  # three attempts; once the file exists, the rest do nothing
+    for is_last in (False, False, True):  # three attempts; skipped once the file exists
         if not os.path.exists(path):
             try:
                 if only_check:
@@ -567,7 +567,7 @@ def read_config(name):
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
         return IMAGE_DEFAULTS | dict(encoder=name, patch_size=32, image_mean=mean, image_std=std)
     path = fetch(name, 'config.json')
-    fetch(name, 'model.safetensors', only_check=True)  # fail early: it may be sharded
+    fetch(name, 'model.safetensors', only_check=True)  # repositories: fail early if sharded
     c = read_json(path)
     kind = str(c.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # nanoVLM has none
     check(kind in SUPPORTED, f'{path}: model_type={kind} must be one of {", ".join(SUPPORTED)}')
@@ -623,7 +623,7 @@ def load_weights(model, path):
         tensors.setdefault('decoder.token_embedding.weight', head)
     used = set()
     for part, table in [(part, table) for part in NAMES for table in NAMES[part].values()]:
-        if list(table.values())[-1] + '.weight' not in tensors:  # its last row tells: norm or proj
+        if list(table.values())[-1] + '.weight' not in tensors:  # its last row decides: norm or proj
             continue
         for name, parameter in getattr(model, part).named_parameters():
             theirs, transpose, third = published_name(name, table)
@@ -634,7 +634,7 @@ def load_weights(model, path):
             if third:
                 tensor = tensor.chunk(3)[int(third[0])]
             if name == 'position_embedding':
-                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # or (1,n,C)
+                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # if (1,n,C)
             check(tensor.shape == parameter.shape, f'{path}: {theirs} must be {list(parameter.shape)}')
             parameter.data.copy_(tensor)
             used.add(theirs)
@@ -707,7 +707,7 @@ class Tokenizer:
 
     @classmethod
     def make(cls, name, texts=(), vocab_size=257):
-        """name: 'bytes', 'bpe' (learned from texts), a tokenizer.json, or a folder or repository with one."""
+        """name: 'bytes', 'bpe' (learned from texts), a .json file, or a folder or repository with one."""
         if name in ('bytes', 'bpe'):
             tokens = learn_bpe(texts if name == 'bpe' else [], vocab_size - 1)
             return cls(name, tokens, {END: len(tokens)})
@@ -735,7 +735,7 @@ class Tokenizer:
 
 def learn_bpe(texts, n_tokens):
     """BPE (arXiv 1508.07909): repeatedly joins the most frequent pair of adjacent tokens into a new one."""
-    pattern = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?=\d)|\s+(?!\S)|\s+"  # nearly PIECES
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?=\d)|\s+(?!\S)|\s+"  # PIECES for re
     pieces = Counter(piece for text in texts for piece in re.findall(pattern, text))
     # (word, count): a word is a list of tokens, at first one for each byte, written as a latin-1 character
     words = [(list(piece.encode('utf-8', 'replace').decode('latin-1')), n) for piece, n in pieces.items()]
@@ -757,7 +757,7 @@ def learn_bpe(texts, n_tokens):
             word, n = words[i]
             for j in range(len(word)):  # the word shrinks, so the last slices may be empty
                 if word[j : j + 2] == [left, right]:
-                    start = max(0, j - 1)  # the pairs with the neighbors change, too
+                    start = max(0, j - 1)  # uncount the pairs around it, join, count again
                     count(i, word[start : j + 3], -n)
                     word[j : j + 2] = [left + right]
                     count(i, word[start : j + 2], n)
@@ -791,7 +791,7 @@ def image_transform(cfg):  # RGB image -> uint8 (3,P,P), squashed to a square; e
     return transforms.Compose([transforms.Resize([cfg.image_size] * 2), transforms.PILToTensor()])
 
 def encode_prompt(tokenizer, cfg, prompt):
-    """Token ids of the templated prompt, at most half the room for text. If empty: caption_prompt, or END."""
+    """Token ids of the templated prompt, at most half the room. An empty prompt is caption_prompt or END."""
     prompt = prompt.strip() or cfg.caption_prompt
     if not prompt:
         return [tokenizer.end]
@@ -819,7 +819,7 @@ def collate(items, cfg, tokenizer, transform):
             targets = [-100] * (len(prompt_ids) - 1) + text[len(prompt_ids) :]
             row += zip(text[:-1], targets, range(len(targets)))
         rows.append(row[:room])
-    # pad to a multiple of 16 (oneDNN compiles per length); pads have position 0: each a text to packed_mask
+    # pad to a multiple of 16 (oneDNN compiles per length); pads have position 0, so packed_mask isolates them
     longest = min(room, math.ceil(max(map(len, rows)) / 16) * 16)
     rows = torch.tensor([row + [(0, -100, 0)] * (longest - len(row)) for row in rows])  # (B,T,3)
     ids, targets, positions = rows.unbind(-1)
