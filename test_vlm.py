@@ -26,6 +26,7 @@ import urllib.error
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -4449,6 +4450,9 @@ def trained(training):
     assert process.returncode == 0, errors
     return folder / 'out', printed
 
+def always(*tokens):  # a sample_top_p that draws these tokens, one for each row
+    return lambda logits, *options: torch.tensor(tokens, device=logits.device)[:, None]
+
 @pytest.fixture
 def talk(monkeypatch, capsys):
     """Runs sample.main with arguments; returns what it printed."""
@@ -4758,7 +4762,7 @@ def test_the_model_computes_in_the_dtype_that_is_asked_for(folder, talk, monkeyp
 def test_a_jpeg_is_seen_as_sharp_as_the_model_can_see(folder, talk, monkeypatch):
     """A chessboard of 64 x 64 fields, four times as large: at an eighth of its size it would be gray."""
     def embed_and_look(model, images, ids):
-        seen.append(images.float())
+        seen.append(images.float().cpu())
         return embed(model, images, ids)
     seen = []
     embed = MinimalVLM.embed
@@ -4772,7 +4776,7 @@ def test_a_jpeg_is_seen_as_sharp_as_the_model_can_see(folder, talk, monkeypatch)
     assert_close(seen[0][0], board.expand(3, 64, 64), 40)
 
 def test_the_attention_of_an_empty_answer_is_not_drawn(folder, talk, monkeypatch):
-    monkeypatch.setattr(vlm, 'sample_top_p', lambda *options: torch.tensor([[256]]))  # end-of-text
+    monkeypatch.setattr(vlm, 'sample_top_p', always(256))  # end-of-text
 
     code, _, _ = talk(f'--out_dir={folder}', f'--image={folder}/a.png', f'--attention={folder}/look.png')
 
@@ -4819,15 +4823,11 @@ def test_an_empty_choice_is_none(folder, talk):
     assert sorted(line.split()[1] for line in printed.splitlines()[1:]) == ['no', 'yes']
 
 def test_nothing_is_generated_after_the_end_of_text_token(folder, talk, monkeypatch):
-    def end(*options):
-        drawn.append(256)
-        return torch.tensor([[256]])
-    drawn = []
-    monkeypatch.setattr(vlm, 'sample_top_p', end)
+    monkeypatch.setattr(vlm, 'sample_top_p', draw := mock.Mock(side_effect=always(256)))
 
     talk(f'--out_dir={folder}', f'--image={folder}/a.png', '--max_new_tokens=9')
 
-    assert drawn == [256]
+    draw.assert_called_once()
 
 @pytest.mark.parametrize('options', ['--temperature=1e-6 --top_p=1', '--temperature=1 --top_p=1e-6'])
 def test_a_low_temperature_or_top_p_gives_greedy_answers(folder, talk, options):
@@ -4837,14 +4837,14 @@ def test_a_low_temperature_or_top_p_gives_greedy_answers(folder, talk, options):
     assert printed.count(f'{folder}/a.png: ' + answer_of(folder, 'a.png', '', 6)) == 3
 
 def test_an_answer_has_at_most_max_new_tokens_tokens(folder, talk, monkeypatch):
-    monkeypatch.setattr(vlm, 'sample_top_p', lambda *options: torch.tensor([[65]]))  # the byte of A
+    monkeypatch.setattr(vlm, 'sample_top_p', always(65))  # the byte of A
 
     _, printed, _ = talk(f'--out_dir={folder}', f'--image={folder}/a.png', '--max_new_tokens=5')
 
     assert printed.splitlines()[1] == 'AAAAA'
 
 def test_each_sample_is_printed_in_a_line_of_its_own(folder, talk, monkeypatch):
-    monkeypatch.setattr(vlm, 'sample_top_p', lambda *options: torch.tensor([[65], [66], [67]]))
+    monkeypatch.setattr(vlm, 'sample_top_p', always(65, 66, 67))
 
     _, printed, _ = talk(f'--out_dir={folder}', f'--image={folder}/a.png', '--num_samples=3',
                          '--temperature=1', '--max_new_tokens=2')
@@ -4971,14 +4971,14 @@ def test_answers_to_a_question_are_saved_with_it(folder, photos, talk):
 
 def test_a_saved_answer_is_one_line_even_with_line_breaks_in_it(folder, talk, monkeypatch):
     tokens = iter([65, 10, 66, 256])
-    monkeypatch.setattr(vlm, 'sample_top_p', lambda *options: torch.tensor([[next(tokens)]]))
+    monkeypatch.setattr(vlm, 'sample_top_p', lambda *inputs: always(next(tokens))(*inputs))
 
     talk(f'--out_dir={folder}', f'--image={folder}/a.png', f'--save={folder}/c.csv', '--temperature=1')
 
     assert (folder / 'c.csv').read_text() == 'image,caption\na.png,A B\n'
 
 def test_an_empty_answer_is_saved_too_so_that_its_picture_is_done(folder, talk, monkeypatch):
-    monkeypatch.setattr(vlm, 'sample_top_p', lambda *options: torch.tensor([[256]]))  # end-of-text
+    monkeypatch.setattr(vlm, 'sample_top_p', always(256))  # end-of-text
 
     talk(f'--out_dir={folder}', f'--image={folder}/a.png', f'--save={folder}/c.csv')
 

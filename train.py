@@ -191,13 +191,13 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            updates = []
-            for p in group['params']:
-                mean = self.state[p].setdefault('mean', torch.zeros_like(p))
-                mean.lerp_(p.grad, 0.05)
-                updates.append(p.grad.lerp(mean, 0.95).flatten(1))  # Nesterov momentum
-            for p, update in zip(group['params'], orthogonalize(torch.stack(updates))):
-                scale = math.sqrt(max(1, update.size(0) / update.size(1)))
+            params = group['params']
+            grads = torch.stack([p.grad.flatten(1) for p in params])  # (n,rows,columns)
+            mean = self.state[params[0]].setdefault('mean', torch.zeros_like(grads))  # of all of them
+            mean.lerp_(grads, 0.05)
+            updates = orthogonalize(grads.lerp(mean, 0.95))  # Nesterov momentum
+            scale = math.sqrt(max(1, updates.size(1) / updates.size(2)))
+            for p, update in zip(params, updates):
                 p.mul_(1 - group['lr'] * group['weight_decay'])
                 p.add_(update.view(p.shape), alpha=-group['lr'] * scale)
 
