@@ -1884,11 +1884,11 @@ def test_learning_from_text_without_spaces_takes_seconds():
     letters = [chr(0x4e00 + i) for i in range(1500)]
     words = [''.join(rng.choices(letters, k=rng.choice([1, 2, 3]))) for _ in range(3000)]
     captions = [''.join(rng.choices(words, [1 / (i + 5) for i in range(3000)], k=12)) for _ in range(2000)]
-    began = time.time()
+    began = time.process_time()
 
     learned = vlm.learn_bpe(captions, 2047)
 
-    assert time.time() - began < 8
+    assert time.process_time() - began < 8
     assert len(learned) == 2047
 
 def test_learned_tokens_lie_within_the_pieces_of_encoding():
