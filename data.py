@@ -397,7 +397,7 @@ def find_pictures(given):
         elif os.path.exists(part) or not glob.has_magic(part):
             paths.append(part)
         else:
-            paths += sorted(filter(is_picture, glob.glob(part)))
+            paths += sorted(filter(is_picture, glob.glob(part, recursive=True)))
     check(any(map(os.path.exists, paths)), f'image={given}: no picture found')
     return list(dict.fromkeys(filter(None, paths)))  # each once
 

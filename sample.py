@@ -33,7 +33,7 @@ top_p = 0.9                      # sample from the top tokens with this total pr
 seed = time.time_ns() % 2**31    # for sampling; random by default
 device = 'auto'                  # 'auto', 'cpu', 'mps', 'cuda', 'cuda:1', ...
 dtype = 'auto'                   # 'auto', 'float32', 'bfloat16' or 'float16'
-compile = False                  # torch.compile: faster on a GPU after 1-3 minutes; slower on a CPU
+compile = False                  # torch.compile: faster on a GPU after minutes; slower on a CPU
 
 # the model --------------------------------------------------------------------------------------------
 def report(message):

@@ -8,6 +8,7 @@ import ast
 import csv
 import gc
 import http.server
+import itertools
 import json
 import math
 import multiprocessing
@@ -4616,10 +4617,12 @@ def test_the_picture_of_attention_is_orange_where_a_word_attends_more_than_other
 def test_image_is_a_file_a_list_a_folder_or_a_pattern(folder, monkeypatch):
     monkeypatch.chdir(folder)
     (folder / 'notes.txt').write_text('no picture')
-    Image.new('RGB', (9, 9)).save(folder / 'c[1].png')
-    Image.new('RGB', (9, 9)).save(folder / 'c1.png')
+    (folder / 'e/f').mkdir(parents=True)
+    for name in ('c[1].png', 'c1.png', 'e/f/d2.png'):
+        Image.new('RGB', (9, 9)).save(folder / name)
     cases = {'a.png': ['a.png'], 'a.png, b.png': ['a.png', 'b.png'], '?.png': ['a.png', 'b.png'],
-             'c[1].png': ['c[1].png'], '.': ['./a.png', './b.png', './c1.png', './c[1].png']}
+             'c[1].png': ['c[1].png'], '.': ['./a.png', './b.png', './c1.png', './c[1].png'],
+             '**/?[12].png': ['c1.png', 'e/f/d2.png']}
 
     for given, expected in cases.items():
         assert data.find_pictures(given) == expected
@@ -4798,12 +4801,7 @@ def test_a_tilde_before_a_picture_is_the_home_folder(folder, monkeypatch):
 
 def test_the_speed_is_that_of_the_tokens_after_the_first(folder, talk, monkeypatch):
     """By a clock that goes on by half a second each time it is read."""
-    class Clock:
-        now = 0
-        def time(self):
-            self.now += 0.5
-            return self.now
-    monkeypatch.setattr('time.time', Clock().time)
+    monkeypatch.setattr('time.time', itertools.count(0, 0.5).__next__)
 
     _, printed, _ = talk(f'--out_dir={folder}', f'--image={folder}/a.png', '--max_new_tokens=6')
 

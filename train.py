@@ -55,7 +55,7 @@ min_lr = 0.0                     # at max_iters, as a fraction of the peak (in n
 device = 'auto'                  # 'auto', 'cpu', 'mps', 'cuda', 'cuda:1', ...
 dtype = 'auto'                   # 'auto', 'float32', 'bfloat16', 'float16' (with loss scaling)
 grad_checkpointing = False       # recompute activations in backward: less memory, slower
-compile = False                  # torch.compile: faster on a GPU after a minute; no gain on a CPU
+compile = False                  # torch.compile: faster on a GPU after minutes; no gain on a CPU
 seed = 1337                      # for initialization, data order and scenes
 
 # device -----------------------------------------------------------------------------------------------

@@ -521,7 +521,7 @@ SUPPORTED = {  # keys of config.json that must have this value or be absent
     'gpt2': dict(activation_function='gelu_new', scale_attn_by_inverse_layer_idx=False),
     'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False, rope_scaling=None,
                   rope_type='default', tie_word_embeddings=True)}
-BASES = [('gpt2', 'text', GPT2), ('nanovlm-text', 'text', LLAMA),  # each: column above, part, defaults
+BASES = [('gpt2', 'text', GPT2), ('nanovlm-text', 'text', LLAMA),  # column of CONFIG_NAMES, part, defaults
          ('llama', 'text', LLAMA), ('siglip', 'vision', SIGLIP_B), ('nanovlm-vision', 'vision', SIGLIP_B)]
 IMAGE_FIELDS = ('encoder', 'stem', 'image_size', 'patch_size', 'image_mean', 'image_std')
 IMAGE_DEFAULTS = {field: getattr(VLMConfig, field) for field in IMAGE_FIELDS}
@@ -623,7 +623,7 @@ def load_weights(model, path):
         tensors.setdefault('decoder.token_embedding.weight', head)
     used = set()
     for part, table in [(part, table) for part in NAMES for table in NAMES[part].values()]:
-        if list(table.values())[-1] + '.weight' not in tensors:  # its last row decides: norm or proj
+        if list(table.values())[-1] + '.weight' not in tensors:  # no last norm or proj: another file's part
             continue
         for name, parameter in getattr(model, part).named_parameters():
             theirs, transpose, third = published_name(name, table)
