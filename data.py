@@ -224,7 +224,7 @@ def read_folder(path):
         if os.path.isfile(os.path.join(path, name)):
             yield from read_rows(os.path.join(path, name))
             return
-    path_to_use = {}  # of each photo: one of all links to a file, lest it be trained on and held out
+    path_to_use = {}  # links to one file are one photo, or it could be trained on and held out
     by_real_path = {}
     tables = []
     seen = set()
@@ -297,7 +297,7 @@ def read_texts(row):
     return image.strip(), texts
 
 def clean_text(value):
-    """A value as text; '' for None and NaN. ValueError for lists and objects, even inside a string."""
+    """A value as text; '' for None and NaN. ValueError for lists and objects, also as text."""
     if value is None or value != value:  # NaN is not equal to itself
         return ''
     if isinstance(value, (int, float)):
@@ -430,7 +430,7 @@ def open_table(path, pictures, prompt):
     check(path.endswith('.csv'), f'save={path} must end in .csv')
     def key(picture):  # its row without the answer
         name = os.path.relpath(picture, folder)
-        if os.path.realpath(os.path.join(folder, name)) != os.path.realpath(picture):  # '..' behind a link
+        if os.path.realpath(os.path.join(folder, name)) != os.path.realpath(picture):  # '..' after a link
             name = os.path.relpath(picture, os.path.realpath(folder))
         return (name, prompt) if prompt else (name,)
     for name, *_ in map(key, pictures):

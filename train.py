@@ -114,7 +114,7 @@ class Batches(torch.utils.data.Dataset):
     def __init__(self, data, cfg, tokenizer, rank=0, world=1, augment=False):
         self.data, self.cfg, self.tokenizer = data, cfg, tokenizer
         self.share = slice(rank, None, world)
-        self.settings = (seed, batch_size, texts_per_image)  # a spawned worker has only defaults
+        self.settings = (seed, batch_size, texts_per_image)  # globals of a spawned worker have defaults
         self.transform = make_transform(cfg, augment)
 
     def __getitem__(self, n):
@@ -343,7 +343,7 @@ def make_model(texts):
         names = dict(base='siglip-b-16,gpt2', nanovlm='siglip-b-16,smollm2-135m').get(preset)
         check(names, 'init_from=pretrained needs --preset=base or nanovlm')
     published = {}
-    for name in [name.strip() for name in names.split(',') if names != 'scratch']:
+    for name in [name.strip() for name in names.split(',') if names != 'scratch']:  # else none
         config = read_config(name)
         if 'text' in config and os.path.isfile(os.path.expanduser(f'{name}/tokenizer.json')):
             config['tokenizer'] = name  # nanoVLM's config.json names a repository instead
@@ -352,7 +352,7 @@ def make_model(texts):
     tok = Tokenizer.make(tokenizer or cfg['tokenizer'], texts, vocab_size or cfg['vocab_size'])
     if 'text' not in published:  # a published decoder fixes its vocab_size
         cfg['vocab_size'] = tok.vocab_size
-    known = 'text' not in published or tok.name not in ('bytes', 'bpe')  # else every id means another
+    known = 'text' not in published or tok.name not in ('bytes', 'bpe')  # or ids mean other tokens
     check(known and tok.vocab_size <= cfg['vocab_size'], f'tokenizer={tok.name} does not fit the decoder')
     chosen = dict(image_size=image_size, block_size=block_size, projection=projection)
     cfg |= {name: value for name, value in chosen.items() if value}

@@ -189,7 +189,7 @@ class Attention(nn.Module):
             k = k.repeat_interleave(self.group_size, dim=1)
             v = v.repeat_interleave(self.group_size, dim=1)
         is_causal = self.causal and mask is None  # an explicit mask must be causal itself
-        if x.size(1) == 1:  # the newest token sees all keys; is_causal would show it key 0 only
+        if x.size(1) == 1:  # it sees all keys; is_causal, aligned top left, would show it key 0 only
             is_causal = False
         if self.keep_map or avoid_fused_attention(q):
             if is_causal:  # T = S: there is no cache, or it was empty
@@ -579,8 +579,8 @@ def read_config(name):
     for column, part, base in BASES:
         if column.startswith(kind):  # nanoVLM has two columns
             found = {field: c[key] for field, key in CONFIG_NAMES[column].items() if c.get(key) is not None}
-            for_part = {field: value for field, value in found.items() if hasattr(base, field)}
-            for_model = {field: value for field, value in found.items() if field not in for_part}
+            for_part = {field: x for field, x in found.items() if hasattr(base, field)}  # n_layer, ...
+            for_model = {field: x for field, x in found.items() if field not in for_part}
             config = config | for_model | {part: replace(base, **for_part)}  # the right wins
     return config
 
@@ -757,7 +757,7 @@ def learn_bpe(texts, n_tokens):
             word, n = words[i]
             for j in range(len(word)):  # the word shrinks, so the last slices may be empty
                 if word[j : j + 2] == [left, right]:
-                    start = max(0, j - 1)  # uncount the pairs around it, join, count again
+                    start = max(0, j - 1)  # a b c d, b c joined: uncount ab bc cd, count a+bc bc+d
                     count(i, word[start : j + 3], -n)
                     word[j : j + 2] = [left + right]
                     count(i, word[start : j + 2], n)
