@@ -3039,6 +3039,13 @@ def test_augmentation_changes_pixels_and_mirrors_about_half(settings):
     assert 75 < mirrored < 125
     assert len({pixels.numpy().tobytes() for pixels in changed}) > 190
 
+def test_augmentation_leaves_red_red(settings):
+    transform = train.make_transform(TINY, augment=True)
+
+    changed = torch.stack([transform(Image.new('RGB', (64, 64), (200, 40, 40))) for _ in range(50)])
+
+    assert (changed[:, :1] > 1.5 * changed[:, 1:]).all()
+
 def test_without_augmentation_nothing_changes(settings):
     picture = data.Shapes('train')[0][0]
 
@@ -3716,6 +3723,16 @@ def test_the_device_and_the_dtype_must_be_there():
         train.find_device('cpu', 'float8')
     assert_one_line(error)
 
+def test_each_process_takes_the_gpu_of_its_number_on_this_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'set_device', take := mock.Mock(side_effect=RuntimeError('taken')))
+    monkeypatch.setenv('RANK', '11')
+    monkeypatch.setenv('LOCAL_RANK', '3')
+
+    with pytest.raises(UserError, match='taken'):
+        train.find_device('cuda', 'auto')
+
+    take.assert_called_once_with(3)
+
 def test_a_run_writes_a_log_a_page_of_samples_and_a_checkpoint(tmp_path, settings, capfd):
     train.main([*QUICK, *SMALL, '--eval_interval=1', f'--out_dir={tmp_path}/out'])
 
@@ -3895,9 +3912,9 @@ def test_with_a_single_held_out_image_the_gain_is_unknown(tmp_path, run, capfd):
 def test_each_rank_has_its_own_dropout_in_each_step(run, monkeypatch):
     """Ranks 0 and 1 of 2, one after the other, without the other one."""
     run(*QUICK, '--max_iters=0')
-    monkeypatch.setattr(train.dist, 'init_process_group', do_nothing)
-    monkeypatch.setattr(train.dist, 'destroy_process_group', do_nothing)
-    monkeypatch.setattr(train.dist, 'all_reduce', do_nothing)
+    for name in ('init_process_group', 'destroy_process_group', 'all_reduce'):
+        monkeypatch.setattr(train.dist, name, do_nothing)
+    monkeypatch.setattr(train.dist, 'init_process_group', start := mock.Mock())
     monkeypatch.setattr(torch.nn.parallel, 'DistributedDataParallel', MinimalVLM.eval)
     monkeypatch.setattr(sys, 'stdout', sys.stdout)
     monkeypatch.setenv('WORLD_SIZE', '2')
@@ -3914,6 +3931,7 @@ def test_each_rank_has_its_own_dropout_in_each_step(run, monkeypatch):
         run(*QUICK, '--max_iters=3', '--overwrite')
 
     assert len(seeds) == len(set(seeds)) == 6
+    assert start.call_args.kwargs['timeout'].total_seconds() > 3600  # rank 0 may evaluate for long
 
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
@@ -4262,12 +4280,7 @@ def test_a_finished_run_names_a_picture_to_go_on_with(tmp_path, run, capfd):
 
 def test_the_time_left_is_that_of_the_steps_left(run, monkeypatch, capfd):
     """By a clock that goes on by a minute each time it is read."""
-    class Clock:
-        now = 0
-        def time(self):
-            self.now += 60
-            return self.now
-    monkeypatch.setattr(train, 'time', Clock())
+    monkeypatch.setattr(train, 'time', SimpleNamespace(time=itertools.count(0, 60).__next__))
 
     run(*QUICK, '--max_iters=3')
 
@@ -4354,9 +4367,8 @@ def test_each_process_trains_on_its_share_of_a_batch(run, monkeypatch):
     forward = MinimalVLM.forward
     monkeypatch.setattr(MinimalVLM, 'forward', noting)
     run(*QUICK, '--max_iters=1')
-    monkeypatch.setattr(train.dist, 'init_process_group', do_nothing)
-    monkeypatch.setattr(train.dist, 'destroy_process_group', do_nothing)
-    monkeypatch.setattr(train.dist, 'all_reduce', do_nothing)
+    for name in ('init_process_group', 'destroy_process_group', 'all_reduce'):
+        monkeypatch.setattr(train.dist, name, do_nothing)
     monkeypatch.setattr(torch.nn.parallel, 'DistributedDataParallel', MinimalVLM.eval)
     monkeypatch.setattr(sys, 'stdout', sys.stdout)
     monkeypatch.setenv('WORLD_SIZE', '2')
@@ -4393,16 +4405,11 @@ def test_a_tokenizer_is_learned_from_the_texts_of_all_training_images(tmp_path, 
 
 def test_the_time_of_evaluations_is_not_that_of_steps(run, monkeypatch, capfd):
     """By a clock that goes on by a second each time it is read, and by a day in an evaluation."""
-    class Clock:
-        now = 0
-        def time(self):
-            self.now += 1
-            return self.now
     def take_a_day(*args):
         clock.now += 24 * 3600
         return 0.0, 0.0, 0.0
-    clock = Clock()
-    monkeypatch.setattr(train, 'time', clock)
+    clock = SimpleNamespace(now=0, ticks=itertools.count())
+    monkeypatch.setattr(train, 'time', SimpleNamespace(time=lambda: clock.now + next(clock.ticks)))
     monkeypatch.setattr(train, 'evaluate', take_a_day)
 
     run(*QUICK, '--max_iters=3', '--eval_interval=1')
@@ -4879,12 +4886,7 @@ def test_pictures_are_answered_in_batches_as_each_one_alone(folder, photos, talk
 
 def test_the_time_left_is_that_of_the_pictures_left(folder, photos, talk, monkeypatch):
     """By a clock that goes on by a minute each time it is read: two pictures a minute."""
-    class Clock:
-        now = 0
-        def time(self):
-            self.now += 60
-            return self.now
-    monkeypatch.setattr('time.time', Clock().time)
+    monkeypatch.setattr('time.time', itertools.count(0, 60).__next__)
 
     _, _, errors = talk(f'--out_dir={folder}', f'--image={photos}', '--batch_size=2', '--max_new_tokens=2')
 
