@@ -1880,16 +1880,18 @@ def test_learned_bpe_equals_the_slow_way():
             replace_pair(piece, made[0])
 
 def test_learning_from_text_without_spaces_takes_seconds():
-    """Recounting whole captions after every merge took 20."""
-    rng = random.Random(0)
+    rng = random.Random(0)  # recounting whole captions after every merge took 20 s
     letters = [chr(0x4e00 + i) for i in range(1500)]
     words = [''.join(rng.choices(letters, k=rng.choice([1, 2, 3]))) for _ in range(3000)]
     captions = [''.join(rng.choices(words, [1 / (i + 5) for i in range(3000)], k=12)) for _ in range(2000)]
     began = time.process_time()
+    for caption in 10 * [caption.encode() for caption in captions]:  # for the speed of this machine
+        Counter(zip(caption, caption[1:]))
+    counted = time.process_time()
 
     learned = vlm.learn_bpe(captions, 2047)
 
-    assert time.process_time() - began < 8
+    assert time.process_time() - counted < 60 * (counted - began)  # 8 s on two quiet cores
     assert len(learned) == 2047
 
 def test_learned_tokens_lie_within_the_pieces_of_encoding():
@@ -2117,8 +2119,8 @@ def test_awkward_files_are_read_if_pillow_reads_them():
     folder = DATA / 'odd_images'
     if not folder.exists():
         pytest.skip('needs ../shared/data/odd_images')
-    with open(folder / 'manifest.csv') as f:
-        rows = [row for row in csv.DictReader(f) if row['kind'] != 'decompression bomb']
+    rows = csv.DictReader((folder / 'manifest.csv').read_text().splitlines())
+    rows = [row for row in rows if row['kind'] != 'decompression bomb']
     assert len(rows) > 60
 
     readable = {row['file']: opens_in_pillow(folder / row['file']) for row in rows}
@@ -2968,9 +2970,8 @@ class TenImages:
 
 def assert_same_batches(some, others):
     assert len(some) == len(others)
-    for one, other in zip(some, others):
-        for a, b in zip(one, other):
-            assert a is b is None or torch.equal(a, b)
+    for a, b in zip(itertools.chain(*some), itertools.chain(*others)):
+        assert a is b is None or torch.equal(a, b)
 
 def test_batch_n_is_the_same_however_it_is_reached(settings):
     def make():
@@ -3711,8 +3712,7 @@ def make_captioned_photos(folder):
     (folder / 'a.csv').write_text('\n'.join(['image,caption', *rows]))
 
 def read_log(folder):
-    with open(folder / 'log.csv', encoding='utf-8') as f:
-        return list(csv.DictReader(f))
+    return list(csv.DictReader((folder / 'log.csv').read_text('utf-8').splitlines()))
 
 def test_the_device_and_the_dtype_must_be_there():
     assert train.find_device('cpu', 'bfloat16') == (torch.device('cpu'), 'bfloat16')
