@@ -3293,7 +3293,7 @@ def test_muon_equals_torchs_muon_and_takes_a_convolution_for_a_matrix(settings, 
     ours = torch.nn.Parameter(torch.randn(shape))
     theirs = torch.nn.Parameter(ours.detach().flatten(1).clone())
     muon = train.Muon([dict(params=[ours], lr=0.1, weight_decay=0.5)], {})
-    torchs = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.5, momentum=0.95)
+    torchs = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.5, momentum=0.9)
 
     five_steps([ours], [muon], [theirs], torchs)
 
