@@ -235,7 +235,7 @@ def test_fused_attention_equals_the_spelled_out_one(stack, causal, masked):
     torch.manual_seed(0)
     attention = vlm.Attention(stack, causal)
     x = torch.randn(2, 6, 32)
-    rope = vlm.rope_cos_sin(stack, torch.arange(6))
+    rope = vlm.rope_cos_sin(stack, torch.arange(6)[None])
     mask = None
     if masked:
         mask = torch.rand(2, 1, 6, 6) > 0.4
@@ -296,7 +296,7 @@ def test_rope_is_a_multiplication_by_complex_numbers():
     pos = torch.tensor([0, 1, 2, 5, 40, 41])
     speed = torch.tensor([1, 0.1, 0.01, 0.001])  # 10000 ** (-i / 4)
 
-    turned = vlm.apply_rope(x, vlm.rope_cos_sin(LLAMA, pos))
+    turned = vlm.apply_rope(x, vlm.rope_cos_sin(LLAMA, pos[None]))
 
     turn = torch.exp(1j * pos[:, None] * speed)
     numbers = torch.complex(x[..., :4], x[..., 4:]) * turn
@@ -304,8 +304,8 @@ def test_rope_is_a_multiplication_by_complex_numbers():
 
 def test_with_rope_the_product_of_query_and_key_depends_on_their_distance_only():
     def product(q_pos, k_pos):
-        q_rope = vlm.rope_cos_sin(LLAMA, torch.tensor([q_pos]))
-        k_rope = vlm.rope_cos_sin(LLAMA, torch.tensor([k_pos]))
+        q_rope = vlm.rope_cos_sin(LLAMA, torch.tensor([[q_pos]]))
+        k_rope = vlm.rope_cos_sin(LLAMA, torch.tensor([[k_pos]]))
         return (vlm.apply_rope(q, q_rope) * vlm.apply_rope(k, k_rope)).sum()
     torch.manual_seed(0)
     q = torch.randn(1, 1, 1, 8)
@@ -334,12 +334,12 @@ def test_a_cache_gives_what_no_cache_gives(kind, n_prompt):
     decoder = build(KINDS[kind]).decoder
     caches = [vlm.KVCache(), vlm.KVCache()]
     x = torch.randn(2, 9, 32)
-    pos = torch.arange(9)
+    pos = torch.arange(9)[None]
 
-    parts = [decoder(x[:, :n_prompt], pos[:n_prompt], caches=caches)]
+    parts = [decoder(x[:, :n_prompt], pos[:, :n_prompt], caches=caches)]
     for t in range(n_prompt, 9):
         now = slice(t, t + 1)
-        parts.append(decoder(x[:, now], pos[now], caches=caches))
+        parts.append(decoder(x[:, now], pos[:, now], caches=caches))
 
     assert_close(torch.cat(parts, dim=1), decoder(x, pos))
     assert caches[0].k.size(2) == 9
@@ -401,9 +401,9 @@ def test_a_llama_block_equals_the_one_of_transformers():
     block.mlp.gate = theirs.mlp.gate_proj
     block.mlp.down = theirs.mlp.down_proj
     x = torch.randn(2, 6, 32)
-    pos = torch.arange(6)
+    pos = torch.arange(6)[None]
 
-    angles = llama.LlamaRotaryEmbedding(config)(x, pos[None])
+    angles = llama.LlamaRotaryEmbedding(config)(x, pos)
     expected = theirs(x, position_embeddings=angles)
 
     assert_close(block(x, rope=vlm.rope_cos_sin(LLAMA, pos)), expected)
@@ -615,7 +615,7 @@ def test_what_enters_the_decoder_has_mean_0_and_standard_deviation_1():
     images, ids = some_input(cfg)
 
     x = model.embed(images, ids)  # (3,11,32)
-    entered = model.decoder(x, torch.arange(11))
+    entered = model.decoder(x, torch.arange(11)[None])
     entered = entered - model.decoder.position_embedding[:11]
 
     assert x[:, :4].std(dim=-1).min() > 1.5
@@ -877,7 +877,7 @@ def test_a_prompt_longer_than_block_size_is_refused(n):
 def test_without_an_image_the_text_stands_alone():
     model = build(CFG)
     ids = some_input(CFG)[1]
-    pos = torch.arange(7)
+    pos = torch.arange(7)[None]
 
     logits = model(None, ids)[0]
 

@@ -124,16 +124,16 @@ def make_norm(cfg):
     return nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps, bias=cfg.bias)
 
 def rope_cos_sin(cfg, pos):
-    """Cosine and sine of each channel pair's angle at positions pos, (T,) or (B,T). All heads share them."""
+    """Cosine and sine of each channel pair's angle at the positions pos (B,T), or (1,T) for all rows."""
     D = cfg.n_embd // cfg.n_head
     exponent = torch.arange(0, D, 2, device=pos.device) / D  # 2i/D for pair i, from 0 to almost 1
-    angle = pos[..., None] * cfg.rope_base**-exponent  # (...,T,D/2), later pairs rotate more slowly
-    return torch.stack([angle.cos(), angle.sin()]).unsqueeze(-3)  # (2,1,T,D/2) or (2,B,1,T,D/2)
+    angle = pos[:, None, :, None] * cfg.rope_base**-exponent  # (B,1,T,D/2), later pairs rotate more slowly
+    return torch.stack([angle.cos(), angle.sin()])
 
 def apply_rope(x, rope):
     """Rotary position embedding (arXiv 2104.09864): rotates the channel pairs (i, i + D/2) of queries or keys
     x (B,H,T,D), so positions affect q.k only through their distance. (The paper pairs 2i with 2i + 1.)"""
-    cos, sin = rope.to(x.dtype)  # each (1,T,D/2) or (B,1,T,D/2), the same for all heads
+    cos, sin = rope.to(x.dtype)  # each (B,1,T,D/2) or (1,1,T,D/2): all heads rotate alike
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -189,7 +189,7 @@ class Attention(nn.Module):
             k = k.repeat_interleave(self.group_size, dim=1)
             v = v.repeat_interleave(self.group_size, dim=1)
         is_causal = self.causal and mask is None  # an explicit mask must be causal itself
-        if x.size(1) == 1:  # it sees all keys; is_causal, aligned top left, would show it key 0 only
+        if x.size(1) == 1:  # a single token, the newest, may see all keys (is_causal: only the first)
             is_causal = False
         if self.keep_map or avoid_fused_attention(q):
             if is_causal:  # T = S: there is no cache, or it was empty
@@ -320,7 +320,7 @@ class LanguageDecoder(nn.Module):
     def head(self, h):
         return F.linear(h, self.embedding.weight)  # (...,C) -> (...,V): h . each embedding
     def forward(self, x, pos, mask=None, caches=None):
-        """x (B,S,C) at the positions pos, (S,) or (B,S) -> hidden states (B,S,C), ready for head."""
+        """x (B,S,C) at the positions pos (B,S), or (1,S) for all -> hidden states (B,S,C), ready for head."""
         x = self.input_norm(x)
         if self.cfg.position == 'learned':
             x = x + self.position_embedding[pos]
@@ -379,10 +379,10 @@ class MinimalVLM(nn.Module):
         Without targets -> logits (B,T,V), None. Else logits (n_scored,V), loss (nats per token)."""
         x = self.embed(images, ids)  # (B,S,C)
         N = x.size(1) - ids.size(1)
-        pos = torch.arange(x.size(1), device=x.device)  # indices in the sequence, (S,)
+        pos = torch.arange(x.size(1), device=x.device)[None]  # indices in the sequence, (1,S)
         mask = None
         if positions is not None:  # packed: each text restarts at N, right after the image
-            pos = torch.cat([pos[:N].expand(ids.size(0), -1), N + positions], dim=1)  # (B,S)
+            pos = torch.cat([pos[:, :N].expand(ids.size(0), -1), N + positions], dim=1)  # (B,S)
             mask = packed_mask(positions, N)
         h = self.decoder(x, pos, mask)[:, N:]  # (B,T,C), without the visual positions
         if targets is None:
@@ -399,7 +399,7 @@ class MinimalVLM(nn.Module):
         (B,3,P,P), (1,3,P,P) for all B, or None. After stop (-1: none) a row only repeats it."""
         x = self.embed(images, ids)
         caches = [KVCache() for _ in self.decoder.transformer.blocks]
-        pos = torch.arange(x.size(1), device=x.device)
+        pos = torch.arange(x.size(1), device=x.device)[None]
         done = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
         for _ in range(min(max_new_tokens, self.cfg.block_size - x.size(1))):
             h = self.decoder(x, pos, caches=caches)  # prefill; then one token at a time
@@ -410,7 +410,7 @@ class MinimalVLM(nn.Module):
             if done.all():
                 return
             x = self.decoder.embedding(token)
-            pos = pos[-1:] + 1
+            pos = pos[:, -1:] + 1
     def generate(self, images, ids, max_new_tokens=50, **options):  # -> (B,T+new): ids, then new
         return torch.cat([ids, *self.stream(images, ids, max_new_tokens, **options)], dim=1)
 
@@ -451,9 +451,8 @@ def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
     logits = (logits - logits[..., :1]) / max(temperature, 1e-30)  # all <= 0, so no +inf
     probs = F.softmax(logits, dim=-1)
     if p < 1:
-        # drop a token if those before it already sum to p, so the crossing token stays
-        before = probs.cumsum(dim=-1) - probs
-        probs = probs.masked_fill(before >= p, 0.0)
+        before = probs.cumsum(dim=-1) - probs  # total probability of the likelier tokens
+        probs = probs.masked_fill(before >= p, 0.0)  # keeps the token that crosses p
     return ids.gather(-1, torch.multinomial(probs, num_samples=1))
 
 # 8. Public weights and checkpoints --------------------------------------------------------------------
@@ -462,18 +461,18 @@ def read_table(text):
     header, *rows = [line.split() for line in text.strip().splitlines()]
     return {column: {row[0]: row[i] for row in rows} for i, column in enumerate(header) if i > 0}
 
-# Our layers and their names in public files; .weight or .bias follows, except after position_embedding.
-# In a cell: # block number, - none, .T weight stored transposed, [0] [1] [2] a third of a joined q, k, v.
-# GPT-2's h.2.attn.c_attn.weight gives our blocks.2.attn.q, .k and .v; its h.2.attn.bias, a mask, is ignored.
+# Our layers (first column) and what public layouts call them. ".weight" or ".bias" follows, except after
+# position_embedding. In a cell, # is the number of the block and - means that the layout has no such layer.
+# Some files join q, k and v in one tensor: :0, :1 and :2 take a third of it. :T transposes weights first.
 # An output head in a file must equal the embedding. Vision positions are interpolated if the grids differ.
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
 stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
 position_embedding  embeddings.position_embedding.weight   vision_encoder.patch_embedding.position_embedding
 blocks.#.norm1      encoder.layers.#.layer_norm1           vision_encoder.blocks.#.ln1
-blocks.#.attn.q     encoder.layers.#.self_attn.q_proj      vision_encoder.blocks.#.attn.qkv_proj[0]
-blocks.#.attn.k     encoder.layers.#.self_attn.k_proj      vision_encoder.blocks.#.attn.qkv_proj[1]
-blocks.#.attn.v     encoder.layers.#.self_attn.v_proj      vision_encoder.blocks.#.attn.qkv_proj[2]
+blocks.#.attn.q     encoder.layers.#.self_attn.q_proj      vision_encoder.blocks.#.attn.qkv_proj:0
+blocks.#.attn.k     encoder.layers.#.self_attn.k_proj      vision_encoder.blocks.#.attn.qkv_proj:1
+blocks.#.attn.v     encoder.layers.#.self_attn.v_proj      vision_encoder.blocks.#.attn.qkv_proj:2
 blocks.#.attn.out   encoder.layers.#.self_attn.out_proj    vision_encoder.blocks.#.attn.out_proj
 blocks.#.norm2      encoder.layers.#.layer_norm2           vision_encoder.blocks.#.ln2
 blocks.#.mlp.up     encoder.layers.#.mlp.fc1               vision_encoder.blocks.#.mlp.fc1
@@ -485,14 +484,14 @@ ours                GPT-2                  Llama                                
 embedding           wte                    embed_tokens                         decoder.token_embedding
 position_embedding  wpe.weight             -                                    -
 blocks.#.norm1      h.#.ln_1               layers.#.input_layernorm             decoder.blocks.#.norm1
-blocks.#.attn.q     h.#.attn.c_attn.T[0]   layers.#.self_attn.q_proj            decoder.blocks.#.attn.q_proj
-blocks.#.attn.k     h.#.attn.c_attn.T[1]   layers.#.self_attn.k_proj            decoder.blocks.#.attn.k_proj
-blocks.#.attn.v     h.#.attn.c_attn.T[2]   layers.#.self_attn.v_proj            decoder.blocks.#.attn.v_proj
-blocks.#.attn.out   h.#.attn.c_proj.T      layers.#.self_attn.o_proj            decoder.blocks.#.attn.out_proj
+blocks.#.attn.q     h.#.attn.c_attn:T0     layers.#.self_attn.q_proj            decoder.blocks.#.attn.q_proj
+blocks.#.attn.k     h.#.attn.c_attn:T1     layers.#.self_attn.k_proj            decoder.blocks.#.attn.k_proj
+blocks.#.attn.v     h.#.attn.c_attn:T2     layers.#.self_attn.v_proj            decoder.blocks.#.attn.v_proj
+blocks.#.attn.out   h.#.attn.c_proj:T      layers.#.self_attn.o_proj            decoder.blocks.#.attn.out_proj
 blocks.#.norm2      h.#.ln_2               layers.#.post_attention_layernorm    decoder.blocks.#.norm2
-blocks.#.mlp.up     h.#.mlp.c_fc.T         layers.#.mlp.up_proj                 decoder.blocks.#.mlp.up_proj
+blocks.#.mlp.up     h.#.mlp.c_fc:T         layers.#.mlp.up_proj                 decoder.blocks.#.mlp.up_proj
 blocks.#.mlp.gate   -                      layers.#.mlp.gate_proj               decoder.blocks.#.mlp.gate_proj
-blocks.#.mlp.down   h.#.mlp.c_proj.T       layers.#.mlp.down_proj               decoder.blocks.#.mlp.down_proj
+blocks.#.mlp.down   h.#.mlp.c_proj:T       layers.#.mlp.down_proj               decoder.blocks.#.mlp.down_proj
 norm                ln_f                   norm                                 decoder.norm
 """)
 NAMES = dict(vision=VISION_NAMES, projection={'nanoVLM': {'proj': 'MP.proj'}}, decoder=TEXT_NAMES)
@@ -500,7 +499,7 @@ PREFIX = r'^(transformer|vision_model|model)\.'  # in some files, before each na
 # tensors we ignore: SigLIP's text half, scale, bias and pooling head, GPT-2's masks, RoPE tables
 UNUSED = r'text_model\..*|logit_\w+|head\..*|.*\.attn\.(masked_)?bias|.*inv_freq'
 
-# config.json's names for our settings; where a key is missing, BASES or read_config has the default
+# config.json's names for our settings; where a key is missing, read_config has the default
 CONFIG_NAMES = read_table("""
 ours            siglip               gpt2                llama                    nanovlm-text  nanovlm-vision
 n_layer         num_hidden_layers    n_layer             num_hidden_layers        lm_n_blocks   vit_n_blocks
@@ -521,14 +520,12 @@ SUPPORTED = {  # keys of config.json that must have this value or be absent
     'gpt2': dict(activation_function='gelu_new', scale_attn_by_inverse_layer_idx=False),
     'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False, rope_scaling=None,
                   rope_type='default', tie_word_embeddings=True)}
-BASES = [('gpt2', 'text', GPT2), ('nanovlm-text', 'text', LLAMA),  # column of CONFIG_NAMES, part, defaults
-         ('llama', 'text', LLAMA), ('siglip', 'vision', SIGLIP_B), ('nanovlm-vision', 'vision', SIGLIP_B)]
 IMAGE_FIELDS = ('encoder', 'stem', 'image_size', 'patch_size', 'image_mean', 'image_std')
 IMAGE_DEFAULTS = {field: getattr(VLMConfig, field) for field in IMAGE_FIELDS}
 ALIASES = {'siglip-b-16': 'google/siglip-base-patch16-224', 'gpt2': 'openai-community/gpt2',
            'smollm2-135m': 'HuggingFaceTB/SmolLM2-135M', 'nanovlm-222m': 'lusxvr/nanoVLM-222M'}
 
-def fetch(name, file, only_check=False):
+def fetch(name, file, only_check=False, attempts=3):
     """Path of a file in a folder, or in a Hugging Face repository: downloads it, or only checks for it."""
     if os.path.isdir(os.path.expanduser(name)):
         return os.path.join(os.path.expanduser(name), file)
@@ -537,21 +534,23 @@ def fetch(name, file, only_check=False):
     check(known, f'{name} is not a folder, an owner/name repository or one of {list(ALIASES)}')
     url = f'{os.environ.get("HF_ENDPOINT", "https://huggingface.co")}/{repository}/resolve/main/{file}'
     path = os.path.join(torch.hub.get_dir(), 'vlm', repository, file)
+    if os.path.exists(path):
+        return path
     def show(blocks, size, total):  # every 5% of a large file
         if total > 10**7 and blocks % (total // size // 20) == 0:
             print(f'{url}: {blocks * size / 1e6:.0f} of {total / 1e6:.0f} MB', file=sys.stderr)
-    for is_last in (False, False, True):  # three attempts; skipped once the file exists
-        if not os.path.exists(path):
-            try:
-                if only_check:
-                    urllib.request.urlopen(urllib.request.Request(url, method='HEAD')).close()
-                    break
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                part, _ = urllib.request.urlretrieve(url, f'{path}.{os.getpid()}', show)
-                os.replace(part, path)
-            except (OSError, ValueError) as e:  # ContentTooShortError is an OSError
-                check(not is_last, f'cannot download {url} ({e}): get it by hand '
-                                f'(one file, no shards) as {path}, or train your own model: python train.py')
+    try:
+        if only_check:
+            urllib.request.urlopen(urllib.request.Request(url, method='HEAD')).close()
+        else:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            part, _ = urllib.request.urlretrieve(url, f'{path}.{os.getpid()}', show)
+            os.replace(part, path)
+    except (OSError, ValueError) as e:  # ContentTooShortError is an OSError
+        if attempts > 1:
+            return fetch(name, file, only_check, attempts - 1)
+        raise UserError(f'cannot download {url} ({e}): get it by hand (one file, no shards) as {path}, '
+                        'or train your own model: python train.py') from e
     return path
 
 def read_json(path):
@@ -574,15 +573,19 @@ def read_config(name):
     c |= c.get('vision_config') or c.get('rope_parameters') or {}  # SigLIP and Llama nest some keys
     for key, value in SUPPORTED[kind].items():
         check(c.get(key, value) == value, f'{path}: {key}={c.get(key)} must be {value}')
-    gpt_or_llama = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)
-    config = {'nanovlm': vars(PRESETS['nanovlm']), 'siglip': IMAGE_DEFAULTS}.get(kind, gpt_or_llama)
-    for column, part, base in BASES:
-        if column.startswith(kind):  # nanoVLM has two columns
-            found = {field: c[key] for field, key in CONFIG_NAMES[column].items() if c.get(key) is not None}
-            for_part = {field: x for field, x in found.items() if hasattr(base, field)}  # n_layer, ...
-            for_model = {field: x for field, x in found.items() if field not in for_part}
-            config = config | for_model | {part: replace(base, **for_part)}  # the right wins
-    return config
+    if kind == 'siglip':
+        return IMAGE_DEFAULTS | translate(c, 'siglip', 'vision', SIGLIP_B)
+    if kind == 'nanovlm':
+        vision = translate(c, 'nanovlm-vision', 'vision', SIGLIP_B)
+        return vars(PRESETS['nanovlm']) | vision | translate(c, 'nanovlm-text', 'text', LLAMA)
+    defaults = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)
+    return defaults | translate(c, kind, 'text', GPT2 if kind == 'gpt2' else LLAMA)
+
+def translate(c, column, part, base):
+    """Fields of VLMConfig from a config.json, c, by a column of CONFIG_NAMES; base has a part's defaults."""
+    found = {ours: c[theirs] for ours, theirs in CONFIG_NAMES[column].items() if c.get(theirs) is not None}
+    sizes = {field: found.pop(field) for field in vars(base) if field in found}  # n_layer, n_head, ...
+    return found | {part: replace(base, **sizes)}
 
 def read_safetensors(path):
     """{name: tensor}, memory-mapped. Layout: 8-byte header length, JSON header, data."""
@@ -604,17 +607,6 @@ def read_safetensors(path):
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as e:
         raise UserError(f'{path} is not a complete .safetensors file, or has unknown dtypes ({e!r})') from e
 
-def published_name(name, table):
-    """What a file calls our parameter, whether to transpose it, and which third of it to take ([]: all).
-    In GPT-2's column, transformer.blocks.3.attn.k.weight is h.3.attn.c_attn.weight, True, ['1']."""
-    if name in table:  # position_embedding: its cell is the whole name
-        return table[name], False, []
-    ours, _, suffix = name.removeprefix('transformer.').rpartition('.')  # blocks.3.attn.k, weight
-    number = ''.join(re.findall(r'\.(\d+)\.', ours))  # '3', or '' outside the blocks
-    cell = table.get(re.sub(r'\.\d+\.', '.#.', ours), '-')  # h.#.attn.c_attn.T[1]
-    theirs = re.sub(r'\.T|\[\d\]', '', cell).replace('#', number)  # h.3.attn.c_attn
-    return f'{theirs}.{suffix}', '.T' in cell and suffix == 'weight', re.findall(r'\[(\d)\]', cell)
-
 def load_weights(model, path):
     """Loads each part in NAMES that the file has; such a part must be complete. The others stay unchanged."""
     tensors = {re.sub(PREFIX, '', name): x for name, x in read_safetensors(path).items()}
@@ -625,14 +617,18 @@ def load_weights(model, path):
     for part, table in [(part, table) for part in NAMES for table in NAMES[part].values()]:
         if list(table.values())[-1] + '.weight' not in tensors:  # no last norm or proj: another file's part
             continue
+        rows = {ours.replace('#', str(i)): theirs.replace('#', str(i))  # one for each block; n_layer < 200
+                for i in range(200) for ours, theirs in table.items()}
         for name, parameter in getattr(model, part).named_parameters():
-            theirs, transpose, third = published_name(name, table)
+            layer, _, suffix = name.removeprefix('transformer.').rpartition('.')  # blocks.3.attn.k, weight
+            theirs, _, stored = rows.get(layer or suffix, '-').partition(':')  # h.3.attn.c_attn, T1
+            theirs = f'{theirs}.{suffix}' if layer else theirs  # else: position_embedding
             check(theirs in tensors, f'{path} has no tensor for {part}.{name} ({theirs})')
             tensor = tensors[theirs]
-            if transpose:
+            if 'T' in stored and name.endswith('weight'):
                 tensor = tensor.T
-            if third:
-                tensor = tensor.chunk(3)[int(third[0])]
+            if stored[-1:].isdigit():
+                tensor = tensor.chunk(3)[int(stored[-1])]
             if name == 'position_embedding':
                 tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # if (1,n,C)
             check(tensor.shape == parameter.shape, f'{path}: {theirs} must be {list(parameter.shape)}')
@@ -715,7 +711,6 @@ class Tokenizer:
         data = read_json(path)
         model = data.get('model') or {}
         check('added_tokens' in data and {'vocab', 'merges'} <= {*model}, f'{path} is not a BPE tokenizer')
-        vocab = model['vocab']
         special = {t['content']: t['id'] for t in data['added_tokens']}
         pre = data.get('pre_tokenizer') or {}
         steps = pre.get('pretokenizers', [pre])
@@ -724,43 +719,47 @@ class Tokenizer:
         required = dict(add_prefix_space=False, use_regex=True, individual_digits=True)
         supported = all(step.get(key, value) == value for step in steps for key, value in required.items())
         check(pieces and supported and not data.get('normalizer'), f'{path}: unsupported pre-tokenizer')
-        ids = [vocab.get(''.join(m).replace(' ', ''), -1) for m in model['merges']]  # 'a b' or [a, b]
+        # the file lists merges, 'a b' or [a, b], in order; tiktoken merges by ascending id: the same here?
+        ids = [model['vocab'].get(''.join(merge).replace(' ', ''), -1) for merge in model['merges']]
         check(END in special and ids == sorted(ids), f'{path}: no {END}, or ids not in merge order')
         # undo GPT-2's alphabet: printable bytes map to themselves, the rest to chr(256) upwards
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [b for b in range(256) if b not in printable]
         alphabet = {256 + n: b for n, b in enumerate(others)}
-        tokens = {t.translate(alphabet): i for t, i in vocab.items() if t not in special}
+        tokens = {t.translate(alphabet): i for t, i in model['vocab'].items() if t not in special}
         return cls(name, tokens, special, pieces)
 
 def learn_bpe(texts, n_tokens):
     """BPE (arXiv 1508.07909): repeatedly joins the most frequent pair of adjacent tokens into a new one."""
-    pattern = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?=\d)|\s+(?!\S)|\s+"  # PIECES for re
+    # PIECES without \p{L}, letters, and \p{N}, digits: the module re does not know them
+    pattern = PIECES.replace(r'[^\s\p{L}\p{N}]', r'(?:[^\w\s]|_)')
+    pattern = pattern.replace(r'\p{L}', r'[^\W\d_]').replace(r'\p{N}', r'\d')
     pieces = Counter(piece for text in texts for piece in re.findall(pattern, text))
-    # (word, count): a word is a list of tokens, at first one for each byte, written as a latin-1 character
-    words = [(list(piece.encode('utf-8', 'replace').decode('latin-1')), n) for piece, n in pieces.items()]
+    # each distinct piece as a list of tokens, at first one for each byte, written as a latin-1 character
+    words = [list(piece.encode('utf-8', 'replace').decode('latin-1')) for piece in pieces]
+    counts = list(pieces.values())  # how often each word occurs in the texts
     tokens = {chr(b): b for b in range(256)}  # token -> id
-    pairs = Counter()  # (left, right) -> how often it occurs in all words
+    pairs = Counter()  # (left, right) -> how often they are neighbors in the texts
     where = defaultdict(set)  # (left, right) -> indices of the words that contain it, or once did
-    def count(i, part, n):  # adds n for each pair in part, a slice of word i
+    def count(i, start, end, n):  # adds n for each pair of neighbors in tokens start to end of word i
+        part = words[i][max(0, start) : end]
         for pair in zip(part, part[1:]):
             pairs[pair] += n
             where[pair].add(i)
-    for i, (word, n) in enumerate(words):
-        count(i, word, n)
+    for i, word in enumerate(words):
+        count(i, 0, len(word), counts[i])
     while pairs and len(tokens) < n_tokens:
         (left, right), most = pairs.most_common(1)[0]
         if most < 2:
             break
         tokens.setdefault(left + right, len(tokens))  # it may exist: abc is a + bc or ab + c
         for i in list(where[left, right]):
-            word, n = words[i]
-            for j in range(len(word)):  # the word shrinks, so the last slices may be empty
+            word = words[i]
+            for j in range(len(word)):  # word shrinks meanwhile: the last slices are empty
                 if word[j : j + 2] == [left, right]:
-                    start = max(0, j - 1)  # a b c d, b c joined: uncount ab bc cd, count a+bc bc+d
-                    count(i, word[start : j + 3], -n)
+                    count(i, j - 1, j + 3, -counts[i])  # before, left, right, after: three pairs go
                     word[j : j + 2] = [left + right]
-                    count(i, word[start : j + 2], n)
+                    count(i, j - 1, j + 2, counts[i])  # before, joined, after: two pairs come
     return tokens
 
 # 10. Images and batches -------------------------------------------------------------------------------
