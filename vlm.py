@@ -54,7 +54,7 @@ class TransformerConfig:  # one stack of blocks: vision encoder or language deco
         divisible = min(C, H, G) > 0 and C % H == 0 and H % G == 0
         check(divisible, f'n_embd={C} must be divisible by n_head={H}, and n_head by n_kv_head={G}')
         check(self.position == 'learned' or C // H % 2 == 0, f'RoPE: n_embd/n_head={C // H} must be even')
-        check(0 < self.n_layer < 200, f'n_layer={self.n_layer} must be in 1..199')  # files can lie
+        check(0 < self.n_layer < 200, f'n_layer={self.n_layer} must be in 1..199')
         check(0 <= self.dropout < 1, f'dropout={self.dropout} must be in [0, 1)')
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     n_latents: int = 32          # 'perceiver': the number of visual tokens
     input_norm: bool = False     # normalize what enters the decoder: see LanguageDecoder
     vocab_size: int = 50257
-    block_size: int = 1024       # maximum sequence length: visual tokens and at least 16 for text
+    block_size: int = 1024       # maximum sequence length: all visual tokens, and 16 or more for text
     tokenizer: str = 'bpe'       # see Tokenizer.make
-    prompt_template: str = ' {}' # what the decoder reads; {} stands for the prompt
+    prompt_template: str = ' {}' # what the decoder reads; {} is replaced by the prompt
     answer_prefix: str = ' '     # starts the answer; to BPE, 'red' and ' red' are different tokens
     caption_prompt: str = ''     # the prompt that asks for a caption
 
@@ -98,7 +98,7 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
         P, cell = self.image_size, self.patch_size * self.factor
         check(P >= cell > 0 and P % cell == 0, f'image_size={P} must be a multiple of {cell}')
         check(self.prompt_template.count('{}') == 1, 'prompt_template must contain {} once')
-        check(self.block_size >= self.n_visual + 16, f'block_size={self.block_size} < {self.n_visual + 16}')
+        check(self.block_size >= self.n_visual + 16, f'block_size must be >= {self.n_visual + 16}')
 
 SIGLIP_B = TransformerConfig(n_layer=12, n_head=12, n_embd=768, activation='gelu_tanh')
 GPT2 = TransformerConfig(n_layer=12, n_head=12, n_embd=768, activation='gelu_tanh', norm_eps=1e-5)
@@ -146,9 +146,9 @@ def attend(q, k, v, mask=None):
     att = F.softmax(att, dim=-1)
     return att @ v, att  # (B,H,T,S) x (B,H,S,D) -> (B,H,T,D)
 
-def avoid_fused_attention(q):  # SDPA: slow to train in bf16 on CPUs, bugs on MPS before 2.13
+def avoid_fused_attention(q):  # it trains slowly in bf16 on CPUs, and has bugs on MPS
     slow_on_cpu = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad
-    return slow_on_cpu or (q.is_mps and torch.__version__ < (2, 13))  # compares numbers, not text
+    return slow_on_cpu or (q.is_mps and torch.__version__ < (2, 13))  # a TorchVersion, not a str
 
 class KVCache:  # the keys (after RoPE) and values (B,G,S,D) that one layer has computed so far
     k = v = None  # until the first update
@@ -189,7 +189,7 @@ class Attention(nn.Module):
             k = k.repeat_interleave(self.group_size, dim=1)
             v = v.repeat_interleave(self.group_size, dim=1)
         is_causal = self.causal and mask is None  # an explicit mask must be causal itself
-        if x.size(1) == 1:  # a single token, the newest, may see all keys (is_causal: only the first)
+        if x.size(1) == 1:  # the newest token may see all keys; SDPA would show it only the first
             is_causal = False
         if self.keep_map or avoid_fused_attention(q):
             if is_causal:  # T = S: there is no cache, or it was empty
@@ -225,7 +225,7 @@ class Block(nn.Module):  # pre-norm residual block
         self.dropout = nn.Dropout(cfg.dropout)
     def forward(self, x, context=None, mask=None, rope=None, cache=None):
         x = x + self.dropout(self.attn(self.norm1(x), context, mask, rope, cache))  # mixes tokens
-        return x + self.dropout(self.mlp(self.norm2(x)))  # acts on each token alone
+        return x + self.dropout(self.mlp(self.norm2(x)))  # on each token separately
 
 class Transformer(nn.Module):  # blocks and a final norm
     def __init__(self, cfg, causal=False):
@@ -281,7 +281,7 @@ def pixel_shuffle(x, f):
     return x.reshape(B, g * g, f * f * C)
 
 class MultimodalProjection(nn.Module):
-    # to add one: name it in VLMConfig.projection, count it in n_visual (and factor), build and call it below
+    # to add one: list it in VLMConfig.projection, count its tokens in n_visual, build and call it below
     def __init__(self, cfg, n_in):
         super().__init__()
         self.kind, self.factor = cfg.projection, cfg.factor
@@ -331,9 +331,10 @@ class LanguageDecoder(nn.Module):
 def packed_mask(positions, n_visual):
     """The mask for rows that pack several texts: each text sees only the image and itself.
     positions (B,T) count from 0 in each text -> mask (B,1,S,S), True where a query may attend."""
-    text = (positions == 0).cumsum(dim=1)  # (B,T), which text it is in: 0 1 2 0 1 -> 1 1 1 2 2
-    text = F.pad(text, (n_visual, 0))  # (B,S): 0 is the image
-    allowed = (text[:, None, :] == 0) | (text[:, None, :] == text[:, :, None])  # [row,query,key]
+    text = (positions == 0).cumsum(dim=1)  # (B,T), the text of each token: 0 1 2 0 1 -> 1 1 1 2 2
+    text = F.pad(text, (n_visual, 0))  # (B,S): 0 for the image
+    query, key = text[:, :, None], text[:, None, :]  # (B,S,1) and (B,1,S)
+    allowed = (key == 0) | (key == query)  # (B,S,S)
     return allowed.tril()[:, None]  # also causal
 
 class MinimalVLM(nn.Module):
@@ -356,7 +357,7 @@ class MinimalVLM(nn.Module):
                 for layer in (block.attn.out, block.mlp.down):  # smaller: each adds to x
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
         # in self-attention (not the Perceiver) q and k start equal, so similar tokens score high:
-        # small models learn sooner to ground words in the image (mimetic initialization, arXiv 2305.09828)
+        # small models learn sooner to ground words in the image (arXiv 2305.09828; 0.7 was found by trial)
         for attn in [*self.vision.modules(), *self.decoder.modules()]:
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
                 nn.init.normal_(attn.k.weight, std=0.7 / math.sqrt(attn.k.in_features))
@@ -375,7 +376,7 @@ class MinimalVLM(nn.Module):
 
     def forward(self, images, ids, targets=None, positions=None):
         """images and ids as for embed. targets (B,T): the next token after each id, or -100 where not scored.
-        positions (B,T): each token's index within its own text; needed when a row packs several texts.
+        positions (B,T): each token's index within its own text; required when a row packs several texts.
         Without targets -> logits (B,T,V), None. Else logits (n_scored,V), loss (nats per token)."""
         x = self.embed(images, ids)  # (B,S,C)
         N = x.size(1) - ids.size(1)
@@ -389,7 +390,7 @@ class MinimalVLM(nn.Module):
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
         h = h[is_scored]
-        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # to n*256 rows: oneDNN compiles per length
+        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # n*256 rows: each new shape costs oneDNN time
         logits = self.decoder.head(padded)[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
@@ -416,11 +417,11 @@ class MinimalVLM(nn.Module):
 
     @torch.inference_mode()
     def score(self, image, prompt, choices):
-        """Log-probabilities (n,) of n choices, each ids (L_i,) ending in END. image (3,P,P), prompt (T,)"""
+        """Log-probabilities (n,) of n choices, each ids (L_i,) that end in END. image (3,P,P), prompt (T,)"""
         answers = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-100)  # (n,L)
         ids = torch.cat([prompt.expand(len(choices), -1), answers.clamp(min=0)], dim=1)  # (n,T+L)
         logits, _ = self(image[None], ids)  # (n,T+L,V); those at t predict token t + 1
-        logits = logits[:, len(prompt) - 1 : -1].float().mT  # positions T-1 to T+L-2, (n,V,L)
+        logits = logits[:, len(prompt) - 1 : -1].float().mT  # those of the answer; (n,V,L)
         return -F.cross_entropy(logits, answers, reduction='none').sum(dim=1)  # -100: ignored
 
     @classmethod
@@ -499,7 +500,7 @@ PREFIX = r'^(transformer|vision_model|model)\.'  # in some files, before each na
 # tensors we ignore: SigLIP's text half, scale, bias and pooling head, GPT-2's masks, RoPE tables
 UNUSED = r'text_model\..*|logit_\w+|head\..*|.*\.attn\.(masked_)?bias|.*inv_freq'
 
-# config.json's names for our settings; where a key is missing, read_config has the default
+# what a config.json calls our settings; read_config has defaults for missing keys
 CONFIG_NAMES = read_table("""
 ours            siglip               gpt2                llama                    nanovlm-text  nanovlm-vision
 n_layer         num_hidden_layers    n_layer             num_hidden_layers        lm_n_blocks   vit_n_blocks
@@ -515,7 +516,7 @@ tokenizer       -                    -                   -                      
 image_size      image_size           -                   -                        -             vit_img_size
 patch_size      patch_size           -                   -                        -             vit_patch_size
 """)
-SUPPORTED = {  # keys of config.json that must have this value or be absent
+SUPPORTED = {  # keys of a config.json that must have this value, if present
     'siglip': dict(hidden_act='gelu_pytorch_tanh'), 'nanovlm': dict(mp_pixel_shuffle_factor=2),
     'gpt2': dict(activation_function='gelu_new', scale_attn_by_inverse_layer_idx=False),
     'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False, rope_scaling=None,
@@ -549,8 +550,8 @@ def fetch(name, file, only_check=False, attempts=3):
     except (OSError, ValueError) as e:  # ContentTooShortError is an OSError
         if attempts > 1:
             return fetch(name, file, only_check, attempts - 1)
-        raise UserError(f'cannot download {url} ({e}): get it by hand (one file, no shards) as {path}, '
-                        'or train your own model: python train.py') from e
+        raise UserError(f'cannot download {url} ({e}): save it (one file, no shards) as '
+                        f'{path}, or train your own model: python train.py') from e
     return path
 
 def read_json(path):
@@ -561,7 +562,7 @@ def read_json(path):
         raise UserError(f'{path} is not a JSON object ({e})') from e
 
 def read_config(name):
-    """The fields of VLMConfig that a published model fixes, as a dict; the caller supplies the rest."""
+    """The fields of VLMConfig that a published model fixes, defaults included, to put over a preset's."""
     if name in ('resnet18', 'resnet50'):
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
         return IMAGE_DEFAULTS | dict(encoder=name, patch_size=32, image_mean=mean, image_std=std)
@@ -570,7 +571,7 @@ def read_config(name):
     c = read_json(path)
     kind = str(c.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # nanoVLM has none
     check(kind in SUPPORTED, f'{path}: model_type={kind} must be one of {", ".join(SUPPORTED)}')
-    c |= c.get('vision_config') or c.get('rope_parameters') or {}  # SigLIP and Llama nest some keys
+    c |= c.get('vision_config') or c.get('rope_parameters') or {}  # nested in SigLIP and Llama
     for key, value in SUPPORTED[kind].items():
         check(c.get(key, value) == value, f'{path}: {key}={c.get(key)} must be {value}')
     if kind == 'siglip':
@@ -584,8 +585,8 @@ def read_config(name):
 def translate(c, column, part, base):
     """Fields of VLMConfig from a config.json, c, by a column of CONFIG_NAMES; base has a part's defaults."""
     found = {ours: c[theirs] for ours, theirs in CONFIG_NAMES[column].items() if c.get(theirs) is not None}
-    sizes = {field: found.pop(field) for field in vars(base) if field in found}  # n_layer, n_head, ...
-    return found | {part: replace(base, **sizes)}
+    in_part = {name: found.pop(name) for name in vars(base) if name in found}  # n_layer, n_head, ...
+    return found | {part: replace(base, **in_part)}
 
 def read_safetensors(path):
     """{name: tensor}, memory-mapped. Layout: 8-byte header length, JSON header, data."""
@@ -600,7 +601,7 @@ def read_safetensors(path):
         tensors = {}
         for name, entry in entries.items():
             first, end = entry['data_offsets']
-            check(0 <= first <= end <= len(data) - start, f'{path} is not a complete file')
+            check(0 <= first <= end <= len(data) - start, f'{path} is truncated or corrupt')
             raw = torch.frombuffer(data[start + first : start + end], dtype=dtypes[entry['dtype']])
             tensors[name] = raw.view(entry['shape'])
         return tensors
@@ -615,22 +616,22 @@ def load_weights(model, path):
         tensors.setdefault('decoder.token_embedding.weight', head)
     used = set()
     for part, table in [(part, table) for part in NAMES for table in NAMES[part].values()]:
-        if list(table.values())[-1] + '.weight' not in tensors:  # no last norm or proj: another file's part
+        if list(table.values())[-1] + '.weight' not in tensors:  # this part isn't in the file
             continue
-        rows = {ours.replace('#', str(i)): theirs.replace('#', str(i))  # one for each block; n_layer < 200
-                for i in range(200) for ours, theirs in table.items()}
+        rows = {ours.replace('#', str(n)): theirs.replace('#', str(n))  # # becomes the number of a block
+                for ours, theirs in table.items() for n in range(200)}
         for name, parameter in getattr(model, part).named_parameters():
             layer, _, suffix = name.removeprefix('transformer.').rpartition('.')  # blocks.3.attn.k, weight
-            theirs, _, stored = rows.get(layer or suffix, '-').partition(':')  # h.3.attn.c_attn, T1
-            theirs = f'{theirs}.{suffix}' if layer else theirs  # else: position_embedding
+            theirs, _, how = rows.get(layer or name, '-').partition(':')  # h.3.attn.c_attn, T1
+            theirs += f'.{suffix}' if layer else ''  # position_embedding's row has the whole name
             check(theirs in tensors, f'{path} has no tensor for {part}.{name} ({theirs})')
             tensor = tensors[theirs]
-            if 'T' in stored and name.endswith('weight'):
+            if 'T' in how and name.endswith('weight'):
                 tensor = tensor.T
-            if stored[-1:].isdigit():
-                tensor = tensor.chunk(3)[int(stored[-1])]
+            if how[-1:].isdigit():
+                tensor = tensor.chunk(3)[int(how[-1])]
             if name == 'position_embedding':
-                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # if (1,n,C)
+                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # or (1,n,C)
             check(tensor.shape == parameter.shape, f'{path}: {theirs} must be {list(parameter.shape)}')
             parameter.data.copy_(tensor)
             used.add(theirs)
@@ -675,7 +676,7 @@ def load_checkpoint(path, device='cpu'):
 
 # 9. Tokenizers ----------------------------------------------------------------------------------------
 END = '<|endoftext|>'
-# how text is split before BPE. PIECES (SmolLM2's, ours) splits off every digit, and spaces before digits
+# how text is split before BPE. In PIECES (SmolLM2's, ours) each digit is a piece, without spaces
 PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -716,10 +717,10 @@ class Tokenizer:
         steps = pre.get('pretokenizers', [pre])
         kinds = ' '.join(step.get('type', '') for step in steps)
         pieces = {'ByteLevel': GPT2_PIECES, 'Digits ByteLevel': PIECES}.get(kinds)
-        required = dict(add_prefix_space=False, use_regex=True, individual_digits=True)
+        required = dict(add_prefix_space=False, use_regex=True, individual_digits=True)  # if given
         supported = all(step.get(key, value) == value for step in steps for key, value in required.items())
         check(pieces and supported and not data.get('normalizer'), f'{path}: unsupported pre-tokenizer')
-        # the file lists merges, 'a b' or [a, b], in order; tiktoken merges by ascending id: the same here?
+        # merges, each 'a b' or [a, b], come in order; tiktoken orders them by id, so their ids must ascend
         ids = [model['vocab'].get(''.join(merge).replace(' ', ''), -1) for merge in model['merges']]
         check(END in special and ids == sorted(ids), f'{path}: no {END}, or ids not in merge order')
         # undo GPT-2's alphabet: printable bytes map to themselves, the rest to chr(256) upwards
@@ -731,7 +732,7 @@ class Tokenizer:
 
 def learn_bpe(texts, n_tokens):
     """BPE (arXiv 1508.07909): repeatedly joins the most frequent pair of adjacent tokens into a new one."""
-    # PIECES without \p{L}, letters, and \p{N}, digits: the module re does not know them
+    # PIECES for the module re, which has no \p{L}, letters, and \p{N}, digits: first both, then each
     pattern = PIECES.replace(r'[^\s\p{L}\p{N}]', r'(?:[^\w\s]|_)')
     pattern = pattern.replace(r'\p{L}', r'[^\W\d_]').replace(r'\p{N}', r'\d')
     pieces = Counter(piece for text in texts for piece in re.findall(pattern, text))
@@ -741,13 +742,13 @@ def learn_bpe(texts, n_tokens):
     tokens = {chr(b): b for b in range(256)}  # token -> id
     pairs = Counter()  # (left, right) -> how often they are neighbors in the texts
     where = defaultdict(set)  # (left, right) -> indices of the words that contain it, or once did
-    def count(i, start, end, n):  # adds n for each pair of neighbors in tokens start to end of word i
+    def add_pairs(i, start, end, n):  # counts n more of each pair in that slice of word i
         part = words[i][max(0, start) : end]
         for pair in zip(part, part[1:]):
             pairs[pair] += n
             where[pair].add(i)
     for i, word in enumerate(words):
-        count(i, 0, len(word), counts[i])
+        add_pairs(i, 0, len(word), counts[i])
     while pairs and len(tokens) < n_tokens:
         (left, right), most = pairs.most_common(1)[0]
         if most < 2:
@@ -757,16 +758,16 @@ def learn_bpe(texts, n_tokens):
             word = words[i]
             for j in range(len(word)):  # word shrinks meanwhile: the last slices are empty
                 if word[j : j + 2] == [left, right]:
-                    count(i, j - 1, j + 3, -counts[i])  # before, left, right, after: three pairs go
+                    add_pairs(i, j - 1, j + 3, -counts[i])  # before left right after: 3 pairs go
                     word[j : j + 2] = [left + right]
-                    count(i, j - 1, j + 2, counts[i])  # before, joined, after: two pairs come
+                    add_pairs(i, j - 1, j + 2, counts[i])  # before joined after: 2 pairs come
     return tokens
 
 # 10. Images and batches -------------------------------------------------------------------------------
 def open_image(path, size):
     """An image file as 8-bit RGB, upright. A JPEG may be decoded smaller, but never below size."""
     try:
-        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # huge ones warn
+        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # of huge images
             image.draft('RGB', (size, size))
             return to_rgb(image)
     except Exception as e:  # broken files make Pillow raise almost anything
@@ -780,7 +781,7 @@ def to_rgb(image):
     if image.mode[0] in 'IF':  # I, I;16 or F: guess the maximum from the brightest pixel
         image = image.convert('F')
         high = image.getextrema()[1]
-        white = next((maximum for maximum in (1, 255, 65535) if high <= maximum), high)
+        white = min((level for level in (1, 255, 65535) if level >= high), default=high)
         image = image.point(lambda v: v * (255 / white)).convert('L')
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
@@ -790,15 +791,15 @@ def image_transform(cfg):  # RGB image -> uint8 (3,P,P), squashed to a square; e
     return transforms.Compose([transforms.Resize([cfg.image_size] * 2), transforms.PILToTensor()])
 
 def encode_prompt(tokenizer, cfg, prompt):
-    """Token ids of the templated prompt, at most half the room. An empty prompt is caption_prompt or END."""
+    """Token ids of the templated prompt, at most half the room. If empty: caption_prompt or END."""
     prompt = prompt.strip() or cfg.caption_prompt
     if not prompt:
         return [tokenizer.end]
     ids = tokenizer.encode(cfg.prompt_template.replace('{}', prompt))
     limit = (cfg.block_size - cfg.n_visual) // 2
     if len(ids) > limit:
-        after = tokenizer.encode(cfg.prompt_template.split('{}')[1])  # the template's end is kept
-        ids = ids[: max(0, limit - len(after))] + after[-limit:]
+        end = tokenizer.encode(cfg.prompt_template.split('{}')[1])  # keep the end of the template
+        ids = ids[: max(0, limit - len(end))] + end[-limit:]
     return ids
 
 def encode_answer(tokenizer, cfg, answer):
@@ -818,7 +819,7 @@ def collate(items, cfg, tokenizer, transform):
             targets = [-100] * (len(prompt_ids) - 1) + text[len(prompt_ids) :]
             row += zip(text[:-1], targets, range(len(targets)))
         rows.append(row[:room])
-    # pad to a multiple of 16 (oneDNN compiles per length); pads have position 0, so packed_mask isolates them
+    # pad to a multiple of 16, as each new length costs oneDNN time; at position 0, each pad is its own text
     longest = min(room, math.ceil(max(map(len, rows)) / 16) * 16)
     rows = torch.tensor([row + [(0, -100, 0)] * (longest - len(row)) for row in rows])  # (B,T,3)
     ids, targets, positions = rows.unbind(-1)
