@@ -98,7 +98,7 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
         P, cell = self.image_size, self.patch_size * self.factor
         check(P >= cell > 0 and P % cell == 0, f'image_size={P} must be a multiple of {cell}')
         check(self.prompt_template.count('{}') == 1, 'prompt_template must contain {} once')
-        check(self.block_size >= self.n_visual + 16, f'block_size must be >= {self.n_visual + 16}')
+        check(self.block_size >= self.n_visual + 16, f'block_size={self.block_size} < {self.n_visual + 16}')
 
 SIGLIP_B = TransformerConfig(n_layer=12, n_head=12, n_embd=768, activation='gelu_tanh')
 GPT2 = TransformerConfig(n_layer=12, n_head=12, n_embd=768, activation='gelu_tanh', norm_eps=1e-5)
