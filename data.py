@@ -47,7 +47,7 @@ Thing = namedtuple('Thing', 'color shape size place x y r')  # x, y, r in pictur
 
 class Shapes:
     """Scenes of one to three things, with a caption and questions. Scene i depends only on seed, split and i.
-    'train' and 'val' never show or name an UNSEEN pair; 'novel' shows only those."""
+    'train' and 'val' never show or name an UNSEEN pair; 'novel' shows only such pairs."""
     n_images = 100_000
 
     def __init__(self, split, seed=0, pixels=128):
@@ -113,12 +113,12 @@ def ask_shape(scene, rng, pairs):
     t = rng.choice(scene)
     yield f'what shape is {PLACES[t.place]}?', t.shape
 
-# these two ask in pairs with opposite answers: the contrast makes them easier to learn
+# these two yield pairs of questions with opposite answers: the contrast makes them easier to learn
 def ask_existence(scene, rng, pairs):
     here = sorted({(t.color, t.shape) for t in scene})
     for pair in rng.sample(here, min(2, len(here))):
         absent = [p for p in pairs if p not in here and {*p} & {*pair}]
-        # listed four times: the hardest, whose color and shape are both there, but in different things
+        # the hardest count four times: color and shape are both there, but in different things
         absent += 3 * [p for p in absent if {*p} <= {*itertools.chain(*here)}]
         if absent:
             for (color, shape), answer in [(pair, 'yes'), (rng.choice(absent), 'no')]:
@@ -148,7 +148,7 @@ def read_rows(path):
     with open(path, encoding='utf-8-sig', newline='') as f:
         lines = list(f)
     if not path.lower().endswith(('.json', '.jsonl')):
-        yield from read_table(lines)
+        yield from table_rows(lines)
     elif path.lower().endswith('.jsonl') or has_objects_on_lines(lines):
         for n, line in enumerate(lines, 1):
             if line.strip():
@@ -177,14 +177,14 @@ def coco_rows(data):
     for annotation in data['annotations']:
         yield dict(image=names.get(str(annotation.get('image_id'))), caption=annotation.get('caption'))
 
-def read_table(lines):
+def table_rows(lines):
     """Yields the rows below a header. A value in double quotes may span lines; but if one of them looks like
     a row of its own, the quote was never closed, and the row where it opens is unusable."""
-    n = 0  # lines read so far
+    n_read = 0  # lines
     if re.match('"?sep=', ''.join(lines[:1])):  # a hint for Excel, above the header
-        n = 1
-    header = ''.join(lines[n : n + 1])
-    n += 1
+        n_read = 1
+    header = ''.join(lines[n_read : n_read + 1])
+    n_read += 1
     style = dict(delimiter=max(',;\t|', key=header.count), skipinitialspace=True)
     names = [name.strip() for name in next(csv.reader([header], **style), [])]
     image_columns = [i for i, name in enumerate(names) if name.lower() in IMAGE_NAMES]
@@ -195,12 +195,12 @@ def read_table(lines):
         values = next(csv.reader([line], **style), [])
         return len(values) >= len(names) and is_picture(values[image_columns[0]].strip())
     def remaining_lines():
-        nonlocal n
-        while n < len(lines):
-            n += 1
-            yield lines[n - 1]
-    while n < len(lines):
-        first = n
+        nonlocal n_read
+        while n_read < len(lines):
+            n_read += 1
+            yield lines[n_read - 1]
+    while n_read < len(lines):
+        start = n_read
         try:
             values = next(csv.reader(remaining_lines(), **style))
             while len(values) > len(names) and not values[-1].strip():
@@ -208,14 +208,14 @@ def read_table(lines):
             row = dict(zip(names, values))
             if len(values) > len(names):
                 row = ValueError('more values than columns: put texts with the separator in double quotes')
-            if any(map(looks_like_a_row, lines[first + 1 : n])):
+            if any(map(looks_like_a_row, lines[start + 1 : n_read])):
                 row = ValueError('a double quote is not closed')
-                n = first + 1  # the next line is read again
+                n_read = start + 1  # the next line is read again
         except csv.Error as e:
             row = ValueError(e)
-            n = first + 1
+            n_read = start + 1
         if row != {}:  # skip empty lines
-            yield f'line {first + 1}', row
+            yield f'line {start + 1}', row
 
 def read_folder(path):
     """Yields the rows of metadata.csv or metadata.jsonl if there is one; else a row per photo, captioned by
@@ -297,7 +297,7 @@ def read_texts(row):
     return image.strip(), texts
 
 def clean_text(value):
-    """A value as text; '' for None and NaN. ValueError for lists and objects, also as text."""
+    """A value as text; '' for None and NaN. ValueError for lists and objects, or text that looks like one."""
     if value is None or value != value:  # NaN is not equal to itself
         return ''
     if isinstance(value, (int, float)):
@@ -442,7 +442,7 @@ def open_table(path, pictures, prompt):
         rows = list(csv.reader(io.StringIO(text, newline=''), strict=True))
     except (OSError, csv.Error) as e:
         raise UserError(f'save={path} cannot be opened or read ({e})') from e
-    valid = not text or rows[:1] == [columns] and text.endswith('\n')
+    valid = not text or (rows[:1] == [columns] and text.endswith('\n'))
     check(valid, f'save={path} does not begin with {",".join(columns)}, or its last line is incomplete')
     table = csv.writer(file, lineterminator='\n')
     if not text:

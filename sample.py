@@ -53,7 +53,7 @@ def load_model(where):
             report('this model only knows drawn shapes, and questions in lower case with a ? at the end; for '
                    f'photos: python sample.py --init_from=nanovlm-222m --image="{image or "cat.jpg"}"')
         return model, tok
-    check({'encoder', 'text'} <= {*read_config(path)}, f'{path} is only part of a model; see README')
+    check({'encoder', 'text'} <= {*read_config(path)}, f'{path} is only an encoder or a decoder; see README')
     model = MinimalVLM.from_pretrained(path).to(where)
     return model, Tokenizer.make(path if os.path.exists(f'{path}/tokenizer.json') else model.cfg.tokenizer)
 
@@ -90,7 +90,7 @@ def answer_in_batches(model, tok, paths, ids, options, failed):
             names, pixels = zip(*batch)
             rows = ids.expand(len(batch) * num_samples, -1)
             rows = model.generate(torch.stack(pixels), rows, max_new_tokens, **options)
-            for path, row in zip(itertools.cycle(names), rows[:, len(ids) :].tolist()):
+            for path, row in zip(names * num_samples, rows[:, len(ids) :].tolist()):
                 yield path, ' '.join(tok.decode(row).split())
         left = max(0, len(paths) - n - size)
         each = (time.time() - began) / (len(paths) - left)
@@ -104,7 +104,7 @@ def draw_attention(model, tok, pixels, ids, said, picture, path):
     for attn in layers:
         attn.keep_map = True
     model(pixels[None], torch.cat([ids, ids.new_tensor(said)])[None])
-    maps = torch.cat([attn.attn_map for attn in layers]).float().mean(dim=(0, 1)).cpu()  # over layers, heads
+    maps = torch.cat([attn.attn_map for attn in layers]).float().mean(dim=(0, 1)).cpu()  # (query, key)
     side = math.isqrt(model.cfg.n_visual)
     rows = maps[-1 - len(said) : -1, : side**2]  # token i was predicted by query i - 1
     rows = rows / rows.sum(dim=1, keepdim=True)

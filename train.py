@@ -72,7 +72,7 @@ def find_device(device, dtype):
     if dtype == 'auto':
         dtype = 'float32'
         if where.type == 'cuda':
-            dtype = 'bfloat16' if torch.cuda.is_bf16_supported(False) else 'float16'  # not emulated
+            dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
         elif where.type == 'cpu' and torch.cpu.get_capabilities().get('avx512_bf16'):
             dtype = 'bfloat16'  # twice as fast on CPUs that support it, slow on others
     check(dtype in ('float32', 'bfloat16', 'float16'), f'dtype={dtype}: unknown; see --help')
@@ -92,7 +92,7 @@ def make_datasets():
     if val_dataset:
         return CaptionedImages(texts, folder), CaptionedImages(*find_images(val_dataset, image_dir))
     check(len(texts) > 1, f'dataset={dataset}: needs at least two images, as one is held out')
-    # ordered by a hash of the name: when images are added, few change sides
+    # ordered by a hash of the name (ascii: it may not be UTF-8), so adding images moves few to the other side
     in_order = sorted(texts, key=lambda name: random.Random(ascii(name)).random())
     val_texts = {name: texts.pop(name) for name in in_order[: math.ceil(len(texts) / 20)]}
     return CaptionedImages(texts, folder), CaptionedImages(val_texts, folder)
@@ -114,7 +114,7 @@ class Batches(torch.utils.data.Dataset):
     def __init__(self, data, cfg, tokenizer, rank=0, world=1, augment=False):
         self.data, self.cfg, self.tokenizer = data, cfg, tokenizer
         self.share = slice(rank, None, world)
-        self.settings = (seed, batch_size, texts_per_image)  # globals of a spawned worker have defaults
+        self.settings = (seed, batch_size, texts_per_image)  # a spawned worker has only defaults
         self.transform = make_transform(cfg, augment)
 
     def __getitem__(self, n):
@@ -136,9 +136,9 @@ def ignore_signals(worker):
 def load(batches, numbers, device):
     """Yields the batches with these numbers, on the device."""
     workers = num_workers
-    if workers < 0:  # on a CPU, drawing a scene takes little time next to a training step
+    if workers < 0:
         workers = min(8, os.cpu_count())
-        if dataset == 'shapes' and device.type == 'cpu':
+        if dataset == 'shapes' and device.type == 'cpu':  # drawing takes little time next to a step
             workers = 0
     if workers and os.path.isdir('/dev/shm'):  # holds up to three batches from each worker
         needed = 3 * workers * batch_size * 3 * batches.cfg.image_size**2
@@ -155,14 +155,14 @@ def load(batches, numbers, device):
             yield [None if x is None else x.to(device, non_blocking=True) for x in batch]
         if workers:  # they have ended; atexit would keep their pipes open until the run ends
             atexit.unregister(loader._shutdown_workers)
-    except UserError as e:  # a worker's comes with its traceback
+    except UserError as e:  # a worker's contains its traceback: keep what follows
         raise UserError(str(e).split('UserError: ')[-1].strip()) from e
 
 def report_cut_texts(groups, cfg, tokenizer):
     """Reports how many texts, (prompt, answer), are too long for block_size or, if none is, how many images
     have texts that do not fit together. groups: for each image, the list of its texts."""
     room = cfg.block_size - cfg.n_visual
-    endless = replace(cfg, block_size=10**9)
+    endless = replace(cfg, block_size=10**9)  # in which no prompt is cut
     cut = needed = crowded = needed_together = 0
     for texts in groups:
         lengths = []
@@ -173,7 +173,7 @@ def report_cut_texts(groups, cfg, tokenizer):
             if length > room or asked > room // 2:  # a prompt may fill half the room
                 cut += 1
                 needed = max(needed, cfg.n_visual + max(length, 2 * asked))
-        together = sum(sorted(lengths)[-texts_per_image:])
+        together = sum(sorted(lengths)[-texts_per_image:])  # the longest that a batch can choose
         if together > room:
             crowded += 1
             needed_together = max(needed_together, cfg.n_visual + together)
@@ -193,9 +193,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             params = group['params']
             grads = torch.stack([p.grad.flatten(1) for p in params])  # (n,rows,columns)
-            mean = self.state[params[0]].setdefault('mean', torch.zeros_like(grads))  # of all of them
+            mean = self.state[params[0]].setdefault('mean', torch.zeros_like(grads))  # over the steps
             mean.lerp_(grads, 0.1)  # momentum 0.9: at the usual 0.95 the small presets learn later
-            updates = orthogonalize(grads.lerp(mean, 0.9))  # as Nesterov does
+            updates = orthogonalize(grads.lerp(mean, 0.9))  # Nesterov: one step ahead
             scale = math.sqrt(max(1, updates.size(1) / updates.size(2)))
             for p, update in zip(params, updates):
                 p.mul_(1 - group['lr'] * group['weight_decay'])
@@ -220,10 +220,9 @@ def make_optimizers(model):
     parts = ['vision', 'projection', 'decoder']
     frozen = re.findall(r'\w+', freeze)
     check(set(frozen) < set(parts), f'freeze={freeze}: expected one or two of {", ".join(parts)}')
-    scales = dict(re.findall(r'(\w+)=(\d*\.?\d+(?:e-?\d+)?)', lr_scale))
-    found = ','.join(map('='.join, scales.items()))
-    understood = found == lr_scale.replace(' ', '')  # findall skips mismatches
-    check(understood and set(scales) <= set(parts), f'lr_scale={lr_scale}: expected e.g. vision=0.1')
+    scales = dict(item.partition('=')[::2] for item in lr_scale.replace(' ', '').split(',') if item)
+    are_numbers = all(re.fullmatch(r'\d*\.?\d+(e-?\d+)?', scale) for scale in scales.values())
+    check(are_numbers and set(scales) <= set(parts), f'lr_scale={lr_scale}: expected e.g. vision=0.1')
     check(optimizer in ('muon', 'adamw'), f'optimizer={optimizer} must be muon or adamw')
     groups = defaultdict(list)  # by matrix shape (None: for AdamW), rate factor, has weight decay
     for name, p in model.named_parameters():
@@ -320,13 +319,12 @@ def evaluate(model, batches, step, last, device):
     if eval_samples:
         share = exact_answers(model, tok, choose_items(data, eval_samples), 'held-out items')
     if eval_samples and last and dataset == 'shapes':
-        n = 5 * eval_samples
+        n = 5 * eval_samples  # for each of three kinds of items
         exact_answers(model, tok, choose_items(data, n, 'caption'), 'captions')
         items = choose_items(Shapes('novel', seed), n, 'caption')
         exact_answers(model, tok, items, 'captions with unseen pairs')
         exact_answers(model, tok, choose_items(data, n, 'question'), 'questions')
-    # the same scenes, drawn sharper
-    pictures = Shapes('val', seed, pixels=624) if dataset == 'shapes' else data
+    pictures = Shapes('val', seed, pixels=624) if dataset == 'shapes' else data  # drawn sharper
     draw_samples(model, tok, choose_items(pictures, 6), os.path.expanduser(f'{out_dir}/samples.png'))
     return own, swapped, share
 
@@ -334,9 +332,8 @@ def evaluate(model, batches, step, last, device):
 def make_model(texts):
     """The model and tokenizer of a new run, from the settings. texts: what a new BPE is learned from."""
     if init_from.endswith('.pt'):
-        changed = tokenizer or vocab_size or image_size or block_size or projection or dropout >= 0
-        changed = changed or preset != 'tiny'  # the default
-        check(not changed, f'{init_from} fixes preset, tokenizer, sizes, projection, dropout: leave them out')
+        changed = [tokenizer, vocab_size, image_size, block_size, projection, dropout >= 0, preset != 'tiny']
+        check(not any(changed), f'{init_from} fixes preset, tokenizer, sizes, projection, dropout: omit them')
         return load_checkpoint(os.path.expanduser(init_from))[:2]
     names = init_from
     if init_from == 'pretrained':
@@ -352,7 +349,7 @@ def make_model(texts):
     tok = Tokenizer.make(tokenizer or cfg['tokenizer'], texts, vocab_size or cfg['vocab_size'])
     if 'text' not in published:  # a published decoder fixes its vocab_size
         cfg['vocab_size'] = tok.vocab_size
-    known = 'text' not in published or tok.name not in ('bytes', 'bpe')  # or ids mean other tokens
+    known = 'text' not in published or tok.name not in ('bytes', 'bpe')  # else ids mean other tokens
     check(known and tok.vocab_size <= cfg['vocab_size'], f'tokenizer={tok.name} does not fit the decoder')
     chosen = dict(image_size=image_size, block_size=block_size, projection=projection)
     cfg |= {name: value for name, value in chosen.items() if value}
@@ -376,15 +373,16 @@ def main(argv=None):
     for name in least:
         check(settings[name] >= least[name], f'{name}={settings[name]} must be at least {least[name]}')
     check(not eval_only or init_from == 'resume', 'eval_only needs init_from=resume')
+    check(not augment or dataset != 'shapes', 'augment would falsify what the texts of shapes say')
     folder = os.path.expanduser(out_dir)
     path = f'{folder}/ckpt.pt'
 
-    # 2. a resumed run keeps its settings, except those given on the command line
+    # 2. a resumed run keeps its settings, except those given on the command line, which override again
     step = 0  # optimizer steps done so far
     if init_from == 'resume':
         model, tok, checkpoint = load_checkpoint(path)
         step = checkpoint['step']
-        for name, value in checkpoint['settings'].items():  # those that still exist, same type
+        for name, value in checkpoint['settings'].items():  # unless removed or of another type now
             if name not in ('out_dir', 'init_from') and type(value) is type(settings.get(name)):
                 globals()[name] = value
         fixed = 'preset tokenizer vocab_size image_size block_size projection dropout'
@@ -407,8 +405,7 @@ def main(argv=None):
     if rank > 0:  # only rank 0 prints
         sys.stdout = open(os.devnull, 'w')
     if world > 1:
-        # the other processes wait while rank 0 evaluates
-        dist.init_process_group(timeout=datetime.timedelta(hours=2))
+        dist.init_process_group(timeout=datetime.timedelta(hours=2))  # they wait while rank 0 evaluates
         atexit.register(dist.destroy_process_group)  # or its threads may abort the process at exit
     precision = torch.autocast(where.type, getattr(torch, dtype), enabled=dtype != 'float32')
     scaler = torch.amp.GradScaler(where.type, enabled=dtype == 'float16')
@@ -450,12 +447,13 @@ def main(argv=None):
     rows = []
     if step and os.path.exists(log_path):  # drop the rows after the last save: they are done again
         with open(log_path, encoding='utf-8', errors='replace') as f:
-            rows = [row.rstrip() + '\n' for row in f if int((re.match(r'\d+', row) or '0')[0]) <= step]
+            rows = [row.rstrip() + '\n' for row in f if int(re.match(r'\d*', row)[0] or 0) <= step]
     log = open(log_path, 'w', buffering=1)
     log.writelines(rows or ['step,seconds,loss,val_loss,val_loss_swapped,exact\n'])
     stopped = []
     def stop(number, frame):
         stopped.append(number)
+        os.write(2, b'stopping after this step\n')  # print could fail in a signal handler
         signal.signal(number, signal.SIG_DFL)  # a second one kills the process at once
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
@@ -525,7 +523,7 @@ def main(argv=None):
 
         # 10. log; the loss is rank 0's
         if step % log_interval == 0:
-            n = len(losses) / gradient_accumulation_steps
+            n = len(losses) / gradient_accumulation_steps  # steps since the last line
             loss = sum(losses).item() / n
             seconds = (time.time() - since) / n
             images = in_batch * gradient_accumulation_steps / seconds
@@ -549,6 +547,8 @@ if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop, Ctrl-C ends the run at once
     try:
         main()
+    except torch.OutOfMemoryError:
+        sys.exit('train.py: out of GPU memory: see Troubleshooting in README.md')
     except RuntimeError as e:  # from PyTorch's loader, wherever the run is when a worker dies
         if 'DataLoader worker (pid' not in str(e):
             raise

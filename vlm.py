@@ -559,7 +559,7 @@ def read_json(path):
         with open(path, encoding='utf-8') as f:
             return dict(json.load(f))
     except (OSError, ValueError, TypeError, RecursionError) as e:
-        raise UserError(f'{path} is not a JSON object ({e})') from e
+        raise UserError(f'{path} cannot be read as a JSON object ({e})') from e
 
 def read_config(name):
     """The fields of VLMConfig that a published model fixes, defaults included, to put over a preset's."""
@@ -601,7 +601,7 @@ def read_safetensors(path):
         tensors = {}
         for name, entry in entries.items():
             first, end = entry['data_offsets']
-            check(0 <= first <= end <= len(data) - start, f'{path} is truncated or corrupt')
+            check(0 <= first <= end <= len(data) - start, f'{path} is not a complete file')
             raw = torch.frombuffer(data[start + first : start + end], dtype=dtypes[entry['dtype']])
             tensors[name] = raw.view(entry['shape'])
         return tensors
