@@ -10,7 +10,7 @@ A minimal vision-language model: an image and a question go in, words come out.
                              logits (T,V) -> sample_top_p -> the next token, and repeat
 Sections 1 to 7: the model; 8 to 11: files, tokenizers, images, the command line. train.py trains it.
 Shapes: B batch, P pixels per side, N visual and T text tokens, S = N + T, V vocabulary, C decoder channels,
-C' encoder channels. In attention: any T queries, any S keys, H heads, G key/value heads, D channels each.
+C' encoder channels. In attention: T queries, S keys (any number), H heads, G key/value heads, D channels each
 """
 import argparse, codecs, contextlib, difflib, json, math, mmap, os, re, sys, urllib.request, warnings
 from collections import Counter, defaultdict
@@ -73,7 +73,7 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     n_latents: int = 32          # 'perceiver': the number of visual tokens
     input_norm: bool = False     # normalize what enters the decoder: see LanguageDecoder
     vocab_size: int = 50257
-    block_size: int = 1024       # maximum sequence length: all visual tokens, and 16 or more for text
+    block_size: int = 1024       # maximum sequence length; at least 16 tokens must be left for text
     tokenizer: str = 'bpe'       # see Tokenizer.make
     prompt_template: str = ' {}' # what the decoder reads; {} is replaced by the prompt
     answer_prefix: str = ' '     # starts the answer; to BPE, 'red' and ' red' are different tokens
@@ -127,7 +127,7 @@ def rope_cos_sin(cfg, pos):
     """Cosine and sine of each channel pair's angle at the positions pos (B,T), or (1,T) for all rows."""
     D = cfg.n_embd // cfg.n_head
     exponent = torch.arange(0, D, 2, device=pos.device) / D  # 2i/D for pair i, from 0 to almost 1
-    angle = pos[:, None, :, None] * cfg.rope_base**-exponent  # (B,1,T,D/2), later pairs rotate more slowly
+    angle = pos[:, None, :, None] * cfg.rope_base**-exponent  # (B,1,T,D/2); later pairs turn more slowly
     return torch.stack([angle.cos(), angle.sin()])
 
 def apply_rope(x, rope):
@@ -146,9 +146,9 @@ def attend(q, k, v, mask=None):
     att = F.softmax(att, dim=-1)
     return att @ v, att  # (B,H,T,S) x (B,H,S,D) -> (B,H,T,D)
 
-def avoid_fused_attention(q):  # it trains slowly in bf16 on CPUs, and has bugs on MPS
+def avoid_fused_attention(q):  # SDPA trains slowly in bf16 on CPUs and has bugs on MPS
     slow_on_cpu = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad
-    return slow_on_cpu or (q.is_mps and torch.__version__ < (2, 13))  # a TorchVersion, not a str
+    return slow_on_cpu or (q.is_mps and torch.__version__ < (2, 13))  # TorchVersion compares with tuples
 
 class KVCache:  # the keys (after RoPE) and values (B,G,S,D) that one layer has computed so far
     k = v = None  # until the first update
@@ -189,7 +189,7 @@ class Attention(nn.Module):
             k = k.repeat_interleave(self.group_size, dim=1)
             v = v.repeat_interleave(self.group_size, dim=1)
         is_causal = self.causal and mask is None  # an explicit mask must be causal itself
-        if x.size(1) == 1:  # the newest token may see all keys; SDPA would show it only the first
+        if x.size(1) == 1:  # the newest token may see all keys, but is_causal shows it the first
             is_causal = False
         if self.keep_map or avoid_fused_attention(q):
             if is_causal:  # T = S: there is no cache, or it was empty
@@ -259,7 +259,7 @@ class VisionEncoder(nn.Module):  # ViT (arXiv 2010.11929), no class token, as in
         self.position_embedding = nn.Parameter(0.02 * torch.randn(cfg.grid**2, C))
         self.transformer = Transformer(cfg.vision)
     def forward(self, images):
-        """images (B,3,P,P), normalized -> features (B,grid*grid,C'), row by row."""
+        """images (B,3,P,P), normalized -> features (B,grid*grid,C') in row-major order."""
         x = self.stem(images).flatten(2).transpose(1, 2)  # (B,C',grid,grid) -> (B,grid*grid,C')
         return self.transformer(x + self.position_embedding)
 
@@ -274,7 +274,7 @@ class ResNetEncoder(nn.Module):  # torchvision's, without final pooling and clas
 
 # 4. Projection: from vision features to visual tokens of the decoder's width --------------------------
 def pixel_shuffle(x, f):
-    """Despite its usual name, this is an unshuffle: f x f cells become one. (B,L,C) -> (B,L/f^2,f*f*C)"""
+    """Despite the usual name, this is an unshuffle: f x f cells become one. (B,L,C) -> (B,L/f^2,f*f*C)"""
     B, L, C = x.shape
     g = math.isqrt(L) // f  # output cells per side
     x = x.view(B, g, f, g, f, C).transpose(2, 3)  # (B,i,di,j,dj,C) -> (B,i,j,di,dj,C)
@@ -290,7 +290,7 @@ class MultimodalProjection(nn.Module):
             self.proj = nn.Sequential(nn.Linear(n_in, n_hidden), nn.GELU(), nn.Linear(n_hidden, n_out))
         else:  # one linear map; as in nanoVLM, pixel_shuffle has no bias
             self.proj = nn.Linear(n_in, n_out, bias=self.kind != 'pixel_shuffle')
-        if self.kind == 'perceiver':  # Flamingo's (arXiv 2204.14198) without the latents among the keys
+        if self.kind == 'perceiver':  # as in Flamingo (arXiv 2204.14198), but without latents as keys
             self.norm = make_norm(cfg.text)  # for x: a Block does not normalize context
             self.latents = nn.Parameter(0.02 * torch.randn(cfg.n_latents, n_out))
             self.resampler = Transformer(replace(cfg.text, n_layer=2))  # not causal; gets no rope
@@ -314,7 +314,7 @@ class LanguageDecoder(nn.Module):
         self.embedding = nn.Embedding(cfg.vocab_size, C)  # its weight is also the output head: tied
         self.input_norm = nn.LayerNorm(C, elementwise_affine=False) if cfg.input_norm else nn.Identity()
         if cfg.text.position == 'learned':
-            std = 0.5 if cfg.input_norm else 0.02  # 0.02 would be lost among inputs of std 1
+            std = 0.5 if cfg.input_norm else 0.02  # 0.02 would be drowned out by inputs of std 1
             self.position_embedding = nn.Parameter(std * torch.randn(cfg.block_size, C))
         self.transformer = Transformer(cfg.text, causal=True)
     def head(self, h):
@@ -354,10 +354,10 @@ class MinimalVLM(nn.Module):
                 nn.init.zeros_(module.bias)
         for stack in [module for module in self.modules() if isinstance(module, Transformer)]:
             for block in stack.blocks:
-                for layer in (block.attn.out, block.mlp.down):  # smaller: each adds to x
+                for layer in (block.attn.out, block.mlp.down):  # scaled down, as they add to x
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
-        # in self-attention (not the Perceiver) q and k start equal, so similar tokens score high:
-        # small models learn sooner to ground words in the image (arXiv 2305.09828; 0.7 was found by trial)
+        # self-attention only (so not the projection's): q and k start equal, so similar tokens score high,
+        # and small models learn to ground words in the image sooner (arXiv 2305.09828; 0.7 found by trial)
         for attn in [*self.vision.modules(), *self.decoder.modules()]:
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
                 nn.init.normal_(attn.k.weight, std=0.7 / math.sqrt(attn.k.in_features))
@@ -390,14 +390,14 @@ class MinimalVLM(nn.Module):
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
         h = h[is_scored]
-        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # n*256 rows: each new shape costs oneDNN time
+        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # to n*256 rows: oneDNN is slow on new shapes
         logits = self.decoder.head(padded)[: len(h)].float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
     @torch.inference_mode()
     def stream(self, images, ids, max_new_tokens=50, temperature=1.0, top_p=1.0, top_k=0, stop=-1):
-        """Yields the next tokens (B,1). Call eval() first. ids (B,T): prompts of equal length. images:
-        (B,3,P,P), (1,3,P,P) for all B, or None. After stop (-1: none) a row only repeats it."""
+        """Yields the next tokens (B,1): feeds the prompts, ids (B,T) of one length, then each token in turn.
+        images as for embed. Call eval() first. Once a row has produced stop (-1: none), it repeats it."""
         x = self.embed(images, ids)
         caches = [KVCache() for _ in self.decoder.transformer.blocks]
         pos = torch.arange(x.size(1), device=x.device)[None]
@@ -417,17 +417,17 @@ class MinimalVLM(nn.Module):
 
     @torch.inference_mode()
     def score(self, image, prompt, choices):
-        """Log-probabilities (n,) of n choices, each ids (L_i,) that end in END. image (3,P,P), prompt (T,)"""
+        """Log-probability (n,) of each of n choices, ids (L_i,) ending in END. image (3,P,P), prompt (T,)"""
         answers = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-100)  # (n,L)
         ids = torch.cat([prompt.expand(len(choices), -1), answers.clamp(min=0)], dim=1)  # (n,T+L)
-        logits, _ = self(image[None], ids)  # (n,T+L,V); those at t predict token t + 1
-        logits = logits[:, len(prompt) - 1 : -1].float().mT  # those of the answer; (n,V,L)
+        logits, _ = self(image[None], ids[:, :-1])  # (n,T+L-1,V); those at t predict token t + 1
+        logits = logits[:, len(prompt) - 1 :].float().mT  # those that predict the answers, (n,V,L)
         return -F.cross_entropy(logits, answers, reduction='none').sum(dim=1)  # -100: ignored
 
     @classmethod
     def from_pretrained(cls, names, cfg=None):
-        """Loads public weights. names: one, or 'encoder,decoder'; each a repository, a folder, an alias or a
-        ResNet. Parts that no file covers keep their random weights. cfg replaces the published one."""
+        """Loads public weights. names: 'name' or 'encoder,decoder', of repositories, folders, aliases or
+        ResNets. Parts that no file covers keep their random weights. cfg replaces the published one."""
         names = [name.strip() for name in names.split(',')]
         published = {k: v for name in names for k, v in read_config(name).items()}  # later wins
         model = cls(cfg or VLMConfig(**published))
@@ -449,7 +449,7 @@ def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
         return logits.argmax(dim=-1, keepdim=True)
     logits, ids = logits.float().sort(dim=-1, descending=True)
     logits = logits[..., : top_k or None]  # [: None] keeps all
-    logits = (logits - logits[..., :1]) / max(temperature, 1e-30)  # all <= 0, so no +inf
+    logits = (logits - logits[..., :1]) / max(temperature, 1e-30)  # the largest is 0: no inf
     probs = F.softmax(logits, dim=-1)
     if p < 1:
         before = probs.cumsum(dim=-1) - probs  # total probability of the likelier tokens
@@ -463,8 +463,8 @@ def read_table(text):
     return {column: {row[0]: row[i] for row in rows} for i, column in enumerate(header) if i > 0}
 
 # Our layers (first column) and what public layouts call them. ".weight" or ".bias" follows, except after
-# position_embedding. In a cell, # is the number of the block and - means that the layout has no such layer.
-# Some files join q, k and v in one tensor: :0, :1 and :2 take a third of it. :T transposes weights first.
+# position_embedding. In a cell, # is the block number and - means that the layout has no such layer.
+# Some files join q, k and v in one tensor: :0, :1, :2 take a third of it, :T transposes weights, :T1 both.
 # An output head in a file must equal the embedding. Vision positions are interpolated if the grids differ.
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
@@ -550,7 +550,7 @@ def fetch(name, file, only_check=False, attempts=3):
     except (OSError, ValueError) as e:  # ContentTooShortError is an OSError
         if attempts > 1:
             return fetch(name, file, only_check, attempts - 1)
-        raise UserError(f'cannot download {url} ({e}): save it (one file, no shards) as '
+        raise UserError(f'cannot download {url} ({e}): save it (one file, no shards) to '
                         f'{path}, or train your own model: python train.py') from e
     return path
 
@@ -562,7 +562,7 @@ def read_json(path):
         raise UserError(f'{path} cannot be read as a JSON object ({e})') from e
 
 def read_config(name):
-    """The fields of VLMConfig that a published model fixes, defaults included, to put over a preset's."""
+    """The fields of VLMConfig that a published model determines, defaults included, as a dict."""
     if name in ('resnet18', 'resnet50'):
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
         return IMAGE_DEFAULTS | dict(encoder=name, patch_size=32, image_mean=mean, image_std=std)
@@ -609,21 +609,21 @@ def read_safetensors(path):
         raise UserError(f'{path} is not a complete .safetensors file, or has unknown dtypes ({e!r})') from e
 
 def load_weights(model, path):
-    """Loads each part in NAMES that the file has; such a part must be complete. The others stay unchanged."""
+    """Loads each part in NAMES that the file contains, which must be complete; leaves others unchanged."""
     tensors = {re.sub(PREFIX, '', name): x for name, x in read_safetensors(path).items()}
-    head = tensors.pop('lm_head.weight', tensors.pop('decoder.head.weight', None))  # removes both
+    head = tensors.pop('lm_head.weight', tensors.pop('decoder.head.weight', None))  # at most one is there
     if head is not None and 'decoder.norm.weight' in tensors:  # nanoVLM may store only the head
         tensors.setdefault('decoder.token_embedding.weight', head)
     used = set()
     for part, table in [(part, table) for part in NAMES for table in NAMES[part].values()]:
-        if list(table.values())[-1] + '.weight' not in tensors:  # this part isn't in the file
+        if list(table.values())[-1] + '.weight' not in tensors:  # the last row stands for all
             continue
-        rows = {ours.replace('#', str(n)): theirs.replace('#', str(n))  # # becomes the number of a block
-                for ours, theirs in table.items() for n in range(200)}
         for name, parameter in getattr(model, part).named_parameters():
             layer, _, suffix = name.removeprefix('transformer.').rpartition('.')  # blocks.3.attn.k, weight
-            theirs, _, how = rows.get(layer or name, '-').partition(':')  # h.3.attn.c_attn, T1
-            theirs += f'.{suffix}' if layer else ''  # position_embedding's row has the whole name
+            number = layer.split('.')[1] if layer.startswith('blocks.') else '#'  # 3
+            row = layer.replace(f'.{number}.', '.#.', 1) or name  # blocks.#.attn.k
+            theirs, _, how = table.get(row, '-').replace('#', number).partition(':')  # h.3.attn.c_attn, T1
+            theirs += f'.{suffix}' if layer else ''  # position_embedding's cell is complete
             check(theirs in tensors, f'{path} has no tensor for {part}.{name} ({theirs})')
             tensor = tensors[theirs]
             if 'T' in how and name.endswith('weight'):
@@ -631,7 +631,7 @@ def load_weights(model, path):
             if how[-1:].isdigit():
                 tensor = tensor.chunk(3)[int(how[-1])]
             if name == 'position_embedding':
-                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # or (1,n,C)
+                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # maybe (1,n,C)
             check(tensor.shape == parameter.shape, f'{path}: {theirs} must be {list(parameter.shape)}')
             parameter.data.copy_(tensor)
             used.add(theirs)
@@ -676,7 +676,7 @@ def load_checkpoint(path, device='cpu'):
 
 # 9. Tokenizers ----------------------------------------------------------------------------------------
 END = '<|endoftext|>'
-# how text is split before BPE. In PIECES (SmolLM2's, ours) each digit is a piece, without spaces
+# how text is split before BPE. PIECES (SmolLM2's, ours) makes each digit a piece, without a leading space
 PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -732,7 +732,7 @@ class Tokenizer:
 
 def learn_bpe(texts, n_tokens):
     """BPE (arXiv 1508.07909): repeatedly joins the most frequent pair of adjacent tokens into a new one."""
-    # PIECES for the module re, which has no \p{L}, letters, and \p{N}, digits: first both, then each
+    # PIECES for re, which lacks \p{L} (letters) and \p{N} (digits): first the class of both, then each
     pattern = PIECES.replace(r'[^\s\p{L}\p{N}]', r'(?:[^\w\s]|_)')
     pattern = pattern.replace(r'\p{L}', r'[^\W\d_]').replace(r'\p{N}', r'\d')
     pieces = Counter(piece for text in texts for piece in re.findall(pattern, text))
@@ -756,7 +756,7 @@ def learn_bpe(texts, n_tokens):
         tokens.setdefault(left + right, len(tokens))  # it may exist: abc is a + bc or ab + c
         for i in list(where[left, right]):
             word = words[i]
-            for j in range(len(word)):  # word shrinks meanwhile: the last slices are empty
+            for j in range(len(word)):  # word shrinks: past its new end, slices are empty
                 if word[j : j + 2] == [left, right]:
                     add_pairs(i, j - 1, j + 3, -counts[i])  # before left right after: 3 pairs go
                     word[j : j + 2] = [left + right]
@@ -767,7 +767,7 @@ def learn_bpe(texts, n_tokens):
 def open_image(path, size):
     """An image file as 8-bit RGB, upright. A JPEG may be decoded smaller, but never below size."""
     try:
-        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # of huge images
+        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # warns if huge
             image.draft('RGB', (size, size))
             return to_rgb(image)
     except Exception as e:  # broken files make Pillow raise almost anything
@@ -791,7 +791,7 @@ def image_transform(cfg):  # RGB image -> uint8 (3,P,P), squashed to a square; e
     return transforms.Compose([transforms.Resize([cfg.image_size] * 2), transforms.PILToTensor()])
 
 def encode_prompt(tokenizer, cfg, prompt):
-    """Token ids of the templated prompt, at most half the room. If empty: caption_prompt or END."""
+    """Token ids of the templated prompt, at most half of a text's room. If empty: caption_prompt or END."""
     prompt = prompt.strip() or cfg.caption_prompt
     if not prompt:
         return [tokenizer.end]
@@ -814,12 +814,12 @@ def collate(items, cfg, tokenizer, transform):
         row = []  # (id, target, position) of each token
         for prompt, answer in texts:
             prompt_ids = encode_prompt(tokenizer, cfg, prompt)
-            text = prompt_ids + encode_answer(tokenizer, cfg, answer)
-            # p1 p2 a END -> ids p1 p2 a, targets -100 a END. Shifted per text: no END predicts the next text
-            targets = [-100] * (len(prompt_ids) - 1) + text[len(prompt_ids) :]
-            row += zip(text[:-1], targets, range(len(targets)))
+            answer_ids = encode_answer(tokenizer, cfg, answer)
+            # shifted within each text, so no END predicts the next: p1 p2 a END -> p1 p2 a and -100 a END
+            targets = [-100] * len(prompt_ids) + answer_ids
+            row += zip((prompt_ids + answer_ids)[:-1], targets[1:], range(len(targets)))
         rows.append(row[:room])
-    # pad to a multiple of 16, as each new length costs oneDNN time; at position 0, each pad is its own text
+    # pad to a multiple of 16 (oneDNN is slow on new lengths); position 0 makes each pad a text of its own
     longest = min(room, math.ceil(max(map(len, rows)) / 16) * 16)
     rows = torch.tensor([row + [(0, -100, 0)] * (longest - len(row)) for row in rows])  # (B,T,3)
     ids, targets, positions = rows.unbind(-1)
