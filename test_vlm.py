@@ -87,7 +87,7 @@ def assert_one_line(error):
 
 # the files --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('name, limit', [
-    ('vlm.py', 850), ('data.py', 455), ('train.py', 560), ('sample.py', 180), ('test_vlm.py', 5120),
+    ('vlm.py', 850), ('data.py', 455), ('train.py', 560), ('sample.py', 180), ('test_vlm.py', 5200),
     ('README.md', 250)])
 def test_the_files_keep_to_their_length_and_width(name, limit):
     lines = (HERE / name).read_text(encoding='utf-8').splitlines()
@@ -1912,6 +1912,15 @@ def test_learned_tokens_lie_within_the_pieces_of_encoding():
     assert {piece for piece in pieces if len(piece.encode()) > 1} <= whole
     assert all(any(token.strip('\ufffd') in piece for piece in pieces) for token in whole)
 
+def test_underscores_are_learned_as_the_punctuation_that_tiktoken_takes_them_for():
+    regex = pytest.importorskip('regex')
+    text = 'img __ a'
+
+    learned = vlm.learn_bpe([text] * 2, 1000)
+
+    assert regex.findall(vlm.PIECES, text)[1] == ' __'
+    assert ' __' in learned
+
 def test_learning_stops_where_no_pair_comes_twice():
     learned = vlm.learn_bpe(['ab', 'ab', 'xy'], 1000)
 
@@ -3034,6 +3043,17 @@ def test_a_row_has_at_most_texts_per_image_texts(settings, limit):
     first = {BYTES.decode(row[row >= 0][:16].tolist())[-1] for rows in targets for row in rows}
     assert first == {'0', '1', '2', '3'}
 
+def test_each_rank_draws_its_own_augmentations(settings):
+    train.batch_size = 2
+    image = Image.effect_noise((64, 64), 90).convert('RGB')
+    class Same(TenImages):
+        def __getitem__(self, i):
+            return image, super().__getitem__(i)[1]
+
+    first, second = [train.Batches(Same(), TINY, BYTES, rank, 2, augment=True)[0][0] for rank in (0, 1)]
+
+    assert not torch.equal(first[0], second[0])
+
 def test_augmentation_changes_pixels_and_mirrors_about_half(settings):
     picture = Image.new('RGB', (64, 64), (100, 100, 100))
     picture.paste((150, 150, 150), (32, 0, 64, 64))
@@ -4106,6 +4126,58 @@ def test_a_nanovlm_in_a_folder_is_trained_with_the_tokenizer_in_it(hub, tmp_path
 
     assert tok.encode('the cat 12') == theirs.encode('the cat 12').ids
     assert hub[1] == []  # no downloads
+
+def test_gpt2_in_another_preset_is_still_gpt2(tmp_path, settings):
+    theirs = write_published('gpt2', tmp_path / 'text')
+    write_published('siglip', tmp_path / 'vision')
+    train_tokenizer(tmp_path / 'text/tokenizer.json', digits=False, vocab_size=300)
+    train.preset = 'tiny'  # which normalizes what enters the decoder
+    train.projection = 'linear'
+    train.init_from = f'{tmp_path}/vision,{tmp_path}/text'
+    ids = some_input(CFG)[1]
+
+    model, _ = train.make_model([])
+
+    assert_close(model(None, ids)[0], theirs(ids).logits, 5e-6)
+
+def test_siglip_gets_pixels_from_minus_1_to_1_also_in_the_nanovlm_preset(tmp_path, settings, monkeypatch):
+    write_published('siglip', tmp_path)
+    train.preset = 'nanovlm'
+    train.tokenizer = 'bytes'
+    train.init_from = str(tmp_path)
+    monkeypatch.setitem(PRESETS, 'nanovlm', replace(PRESETS['nanovlm'], text=LLAMA))  # smaller
+
+    cfg = train.make_model([])[0].cfg
+
+    published = pytest.importorskip('transformers').SiglipImageProcessor()
+    assert cfg.image_mean == tuple(published.image_mean)
+    assert cfg.image_std == tuple(published.image_std)
+
+def test_the_logged_speed_counts_the_images_of_all_batches_of_a_step(run, monkeypatch, capfd):
+    """By a clock that goes on by a second each time it is read."""
+    monkeypatch.setattr(train, 'time', SimpleNamespace(time=itertools.count().__next__))
+
+    run(*QUICK, '--max_iters=1', '--gradient_accumulation_steps=25')
+
+    ms, speed = re.search(r'step 1/1: .* (\d+) ms, (\d+) images/s', capfd.readouterr().out).groups()
+    assert int(speed) == round(4 * 25 / (int(ms) / 1000))
+
+def test_a_save_that_fails_does_not_end_a_run_before_its_last_step(tmp_path, run, monkeypatch, capfd):
+    def failing_first(path, *rest, **extra):
+        paths.append(path)
+        if len(paths) == 1:
+            raise UserError('could not write it')
+        save_checkpoint(path, *rest, **extra)
+    paths = []
+    monkeypatch.setattr(train, 'save_checkpoint', failing_first)
+
+    end = run(*QUICK, '--max_iters=2', '--eval_interval=1', '--eval_samples=0')
+
+    assert end['step'] == 2
+    assert 'step 1: could not write it\n' in capfd.readouterr().out
+    monkeypatch.setattr(train, 'save_checkpoint', mock.Mock(side_effect=UserError('could not write it')))
+    with pytest.raises(UserError, match='could not write it'):
+        run(*QUICK, '--max_iters=2', '--eval_samples=0', '--overwrite')
 
 def test_every_row_of_the_log_counts_the_same_items(tmp_path, run, monkeypatch):
     def telling(model, tok, items, title):

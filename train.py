@@ -163,26 +163,24 @@ def report_cut_texts(groups, cfg, tokenizer):
     have texts that do not fit together. groups: for each image, the list of its texts."""
     room = cfg.block_size - cfg.n_visual
     endless = replace(cfg, block_size=10**9)  # in which no prompt is cut
-    cut = needed = crowded = needed_together = 0
+    cut = needed = crowded = needed_together = 0  # needed: tokens after the image
     for texts in groups:
         lengths = []
         for prompt, answer in texts:
             asked = len(encode_prompt(tokenizer, endless, prompt))
             length = asked + len(encode_answer(tokenizer, cfg, answer)) - 1  # the last isn't fed in
             lengths.append(length)
-            if length > room or asked > room // 2:  # a prompt may fill half the room
-                cut += 1
-                needed = max(needed, cfg.n_visual + max(length, 2 * asked))
+            needed = max(needed, length, 2 * asked)  # a prompt may fill half the room
+            cut += max(length, 2 * asked) > room
         together = sum(sorted(lengths)[-texts_per_image:])  # the longest that a batch can choose
-        if together > room:
-            crowded += 1
-            needed_together = max(needed_together, cfg.n_visual + together)
+        needed_together = max(needed_together, together)
+        crowded += together > room
     if cut:
-        total = sum(map(len, groups))
-        print(f'{cut} of {total} texts are too long and will be cut: --block_size={needed} makes room')
+        print(f'{cut} of {sum(map(len, groups))} texts are too long and will be cut: '
+              f'--block_size={cfg.n_visual + needed} makes room')
     elif crowded and dataset != 'shapes':  # its texts are many and short: a random choice will do
         print(f'{crowded} of {len(groups)} images have more texts than fit in a sequence; the last are cut: '
-              f'--block_size={needed_together} makes room, or fewer --texts_per_image')
+              f'--block_size={cfg.n_visual + needed_together} makes room, or fewer --texts_per_image')
 
 # optimizers -------------------------------------------------------------------------------------------
 class Muon(torch.optim.Optimizer):
@@ -385,14 +383,13 @@ def main(argv=None):
         for name, value in checkpoint['settings'].items():  # unless removed or of another type now
             if name not in ('out_dir', 'init_from') and type(value) is type(settings.get(name)):
                 globals()[name] = value
-        fixed = 'preset tokenizer vocab_size image_size block_size projection dropout'
-        kept = {name: globals()[name] for name in [*fixed.split(), 'optimizer', 'freeze', 'lr_scale']}
+        fixed = 'preset tokenizer vocab_size image_size block_size projection dropout freeze lr_scale'
+        kept = {name: globals()[name] for name in ['optimizer', *fixed.split()]}
         settings = override(globals(), argv)
         for name in kept:
             check(settings[name] == kept[name], f'{name}={settings[name]} cannot change when resuming')
     elif os.path.exists(path):
         check(overwrite, f'{path} exists: --init_from=resume continues, --overwrite replaces it')
-
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as e:
@@ -425,11 +422,10 @@ def main(argv=None):
     for module in model.modules():
         module.grad_checkpointing = grad_checkpointing
 
-    # 5. optimizers and batches; a resumed run restores their state
+    # 5. optimizers and batches; a resumed run restores their state, but takes rates from its settings
     optimizers = make_optimizers(model)
     if init_from == 'resume':
         for o, state in zip(optimizers, checkpoint['optimizers']):
-            # rates and decay come from the settings, not from the checkpoint
             o.load_state_dict(state | dict(param_groups=o.state_dict()['param_groups']))
         scaler.load_state_dict(checkpoint['scaler'] or scaler.state_dict())
     net = model
@@ -475,7 +471,11 @@ def main(argv=None):
             if not eval_only:
                 state = dict(step=step, settings=settings, scaler=scaler.state_dict())
                 state['optimizers'] = [o.state_dict() for o in optimizers]
-                save_checkpoint(path, model, tok, **state)
+                try:
+                    save_checkpoint(path, model, tok, **state)
+                except UserError as e:  # the disk is full, perhaps: the next save may succeed
+                    check(not last, str(e))
+                    print(f'step {step}: {e}')
             if not halt:
                 try:
                     with precision:

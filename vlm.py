@@ -189,7 +189,7 @@ class Attention(nn.Module):
             k = k.repeat_interleave(self.group_size, dim=1)
             v = v.repeat_interleave(self.group_size, dim=1)
         is_causal = self.causal and mask is None  # an explicit mask must be causal itself
-        if x.size(1) == 1:  # the newest token may see all keys, but is_causal shows it the first
+        if x.size(1) == 1:  # the newest token may see all keys; is_causal would show it only the first
             is_causal = False
         if self.keep_map or avoid_fused_attention(q):
             if is_causal:  # T = S: there is no cache, or it was empty
@@ -753,7 +753,7 @@ def learn_bpe(texts, n_tokens):
         (left, right), most = pairs.most_common(1)[0]
         if most < 2:
             break
-        tokens.setdefault(left + right, len(tokens))  # it may exist: abc is a + bc or ab + c
+        tokens[left + right] = len(tokens)
         for i in list(where[left, right]):
             word = words[i]
             for j in range(len(word)):  # word shrinks: past its new end, slices are empty
