@@ -180,7 +180,7 @@ def coco_rows(data):
 def table_rows(lines):
     """Yields the rows below a header. A value in double quotes may span lines; but if one of them looks like
     a row of its own, the quote was never closed, and the row where it opens is unusable."""
-    n_read = 0  # lines
+    n_read = 0  # lines, so far
     if re.match('"?sep=', ''.join(lines[:1])):  # a hint for Excel, above the header
         n_read = 1
     header = ''.join(lines[n_read : n_read + 1])

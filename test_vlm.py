@@ -3438,7 +3438,8 @@ def test_lr_scale_may_have_spaces(settings):
     assert rates[0] == rates[1]
     assert len(set(rates[0])) > 3
 
-@pytest.mark.parametrize('setting', ['freeze=eyes', 'freeze=vision,projection,decoder', 'lr_scale=eyes=0.1'])
+@pytest.mark.parametrize('setting', ['freeze=eyes', 'freeze=vision,projection,decoder', 'lr_scale=eyes=0.1',
+                                     'lr_scale=vision=0.1,vision=0.2', 'lr_scale=,'])
 def test_a_part_that_there_is_not_is_a_user_error(settings, setting):
     name, value = setting.split('=', 1)
     setattr(train, name, value)
@@ -4216,7 +4217,7 @@ def test_the_command_at_the_end_asks_what_was_learned(tmp_path, run, capfd):
     ('--init_from=pretrained', 'init_from=pretrained needs --preset=base or nanovlm'),
     ('--grad_clip=-1', 'grad_clip=-1.0 must be at least 0'),
     ('--eval_only', 'eval_only needs init_from=resume'),
-    ('--augment', 'augment would falsify what the texts of shapes say'),
+    ('--augment', 'augment would make the texts of shapes wrong'),
     ('--out_dir=/dev/null/out', 'out_dir=/dev/null/out cannot be created'),
 ])
 def test_settings_that_cannot_work_are_refused(settings, arguments, words):

@@ -218,9 +218,9 @@ def make_optimizers(model):
     parts = ['vision', 'projection', 'decoder']
     frozen = re.findall(r'\w+', freeze)
     check(set(frozen) < set(parts), f'freeze={freeze}: expected one or two of {", ".join(parts)}')
-    scales = dict(item.partition('=')[::2] for item in lr_scale.replace(' ', '').split(',') if item)
-    are_numbers = all(re.fullmatch(r'\d*\.?\d+(e-?\d+)?', scale) for scale in scales.values())
-    check(are_numbers and set(scales) <= set(parts), f'lr_scale={lr_scale}: expected e.g. vision=0.1')
+    scales = dict(re.findall(r'(\w+)=(\d*\.?\d+(?:e-?\d+)?)', lr_scale))
+    understood = ','.join(map('='.join, scales.items())) == lr_scale.replace(' ', '')  # all of it was found
+    check(understood and set(scales) <= set(parts), f'lr_scale={lr_scale}: expected e.g. vision=0.1')
     check(optimizer in ('muon', 'adamw'), f'optimizer={optimizer} must be muon or adamw')
     groups = defaultdict(list)  # by matrix shape (None: for AdamW), rate factor, has weight decay
     for name, p in model.named_parameters():
@@ -371,7 +371,7 @@ def main(argv=None):
     for name in least:
         check(settings[name] >= least[name], f'{name}={settings[name]} must be at least {least[name]}')
     check(not eval_only or init_from == 'resume', 'eval_only needs init_from=resume')
-    check(not augment or dataset != 'shapes', 'augment would falsify what the texts of shapes say')
+    check(not augment or dataset != 'shapes', 'augment would make the texts of shapes wrong')
     folder = os.path.expanduser(out_dir)
     path = f'{folder}/ckpt.pt'
 
@@ -402,7 +402,7 @@ def main(argv=None):
     if rank > 0:  # only rank 0 prints
         sys.stdout = open(os.devnull, 'w')
     if world > 1:
-        dist.init_process_group(timeout=datetime.timedelta(hours=2))  # they wait while rank 0 evaluates
+        dist.init_process_group(timeout=datetime.timedelta(hours=2))  # time for rank 0 to evaluate
         atexit.register(dist.destroy_process_group)  # or its threads may abort the process at exit
     precision = torch.autocast(where.type, getattr(torch, dtype), enabled=dtype != 'float32')
     scaler = torch.amp.GradScaler(where.type, enabled=dtype == 'float16')
