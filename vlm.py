@@ -3,17 +3,24 @@ A minimal vision-language model: an image and a question go in, words come out.
 
     image (3,P,P)                             "what color is the star?"
        | VisionEncoder                              | Tokenizer
-    features (grid*grid,C')                      ids (T,)
+    features (grid*grid,C)                       ids (T,)
        | MultimodalProjection                       | embedding
     [ v1 v2 ... vN ]  ------ one sequence ------ [ t1 t2 ... tT ]
                                    | LanguageDecoder: causal; the image comes first, so all text sees it
                              logits (T,V) -> sample_top_p -> the next token, and repeat
-Sections 1 to 7: the model; 8 to 11: files, tokenizers, images, the command line. train.py trains it.
-Shapes: B batch, P pixels per side, N visual and T text tokens, S = N + T, V vocabulary, C decoder channels,
-C' encoder channels. In attention: T queries, S keys (any number), H heads, G key/value heads, D channels each
+
+    model, tokenizer, _ = load_checkpoint('out/ckpt.pt')  # written by train.py
+    image = image_transform(model.cfg)(open_image('cat.jpg', size=model.cfg.image_size))
+    prompt = torch.tensor([encode_prompt(tokenizer, model.cfg, 'what color is the cat?')])
+    ids = model.generate(image[None], prompt, temperature=0, stop=tokenizer.end)
+    print(tokenizer.decode(ids[0, prompt.size(1):]))
+
+Sections 1 to 7 are the model. 8 to 11 (files, tokenizers, images, command line) can be skipped at first.
+Shapes: B batch, P pixels per side, N visual and T text tokens, S = N + T, C channels, V vocabulary.
+In attention: L queries, S keys, H heads, G key/value heads, D channels each
 """
 import argparse, codecs, contextlib, difflib, json, math, mmap, os, re, sys, urllib.request, warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, get_args
 import tiktoken, torch, torch.utils.checkpoint, torchvision
@@ -53,7 +60,7 @@ class TransformerConfig:  # one stack of blocks: vision encoder or language deco
         C, H, G = self.n_embd, self.n_head, self.n_kv_head or self.n_head
         divisible = min(C, H, G) > 0 and C % H == 0 and H % G == 0
         check(divisible, f'n_embd={C} must be divisible by n_head={H}, and n_head by n_kv_head={G}')
-        check(self.position == 'learned' or C // H % 2 == 0, f'RoPE: n_embd/n_head={C // H} must be even')
+        check(self.position == 'learned' or (C // H) % 2 == 0, f'RoPE: n_embd/n_head={C // H} must be even')
         check(0 < self.n_layer < 200, f'n_layer={self.n_layer} must be in 1..199')
         check(0 <= self.dropout < 1, f'dropout={self.dropout} must be in [0, 1)')
 
@@ -73,7 +80,7 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     n_latents: int = 32          # 'perceiver': the number of visual tokens
     input_norm: bool = False     # normalize what enters the decoder: see LanguageDecoder
     vocab_size: int = 50257
-    block_size: int = 1024       # maximum sequence length; at least 16 tokens must be left for text
+    block_size: int = 1024       # maximum sequence length: visual tokens and text
     tokenizer: str = 'bpe'       # see Tokenizer.make
     prompt_template: str = ' {}' # what the decoder reads; {} is replaced by the prompt
     answer_prefix: str = ' '     # starts the answer; to BPE, 'red' and ' red' are different tokens
@@ -93,8 +100,8 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
         check_choices(self)
         check(self.vision.position == 'learned', "position='rope' is for the decoder only")
         check(self.encoder == 'vit' or self.patch_size == 32, 'a ResNet needs patch_size=32')
-        has_conv_stem = self.encoder == 'vit' and self.stem == 'conv'
-        check(not has_conv_stem or self.patch_size == 8, "stem='conv' needs patch_size=8")
+        conv_fits = self.encoder != 'vit' or self.stem == 'patch' or self.patch_size == 8
+        check(conv_fits, "stem='conv' needs patch_size=8")
         P, cell = self.image_size, self.patch_size * self.factor
         check(P >= cell > 0 and P % cell == 0, f'image_size={P} must be a multiple of {cell}')
         check(self.prompt_template.count('{}') == 1, 'prompt_template must contain {} once')
@@ -106,7 +113,7 @@ LLAMA = TransformerConfig(norm='rms', norm_eps=1e-5, activation='swiglu', positi
 SMOLLM2_135M = replace(LLAMA, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536, rope_base=1e5)
 SLIM = TransformerConfig(n_layer=4, n_head=8, n_embd=128, bias=False)
 COMMON = dict(image_size=64, patch_size=8, stem='conv', projection='pixel_shuffle', input_norm=True)
-PRESETS = {  # vision, text, ...   (N,C): tiny (16,128); small (16,128); base (196,768); nanovlm (49,576)
+PRESETS = {  # visual tokens (N,C): tiny, small (16,128), 16 = (64/8/2)^2; base (196,768); nanovlm (49,576)
     'tiny': VLMConfig(replace(SLIM, n_layer=1), SLIM, vocab_size=512, block_size=112, **COMMON),
     'small': VLMConfig(replace(SLIM, n_layer=1, n_head=4, dropout=0.1), replace(SLIM, n_head=4, dropout=0.1),
                        vocab_size=4096, block_size=160, **COMMON),
@@ -124,31 +131,31 @@ def make_norm(cfg):
     return nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps, bias=cfg.bias)
 
 def rope_cos_sin(cfg, pos):
-    """Cosine and sine of each channel pair's angle at the positions pos (B,T), or (1,T) for all rows."""
+    """Cosine and sine of each channel pair's angle at the positions pos (B,L), or (1,L) for all rows."""
     D = cfg.n_embd // cfg.n_head
-    exponent = torch.arange(0, D, 2, device=pos.device) / D  # 2i/D for pair i, from 0 to almost 1
-    angle = pos[:, None, :, None] * cfg.rope_base**-exponent  # (B,1,T,D/2); later pairs turn more slowly
+    frequency = cfg.rope_base ** (-torch.arange(0, D, 2, device=pos.device) / D)  # base^(-2i/D)
+    angle = pos[:, None, :, None] * frequency  # (B,1,L,D/2); later pairs turn more slowly
     return torch.stack([angle.cos(), angle.sin()])
 
 def apply_rope(x, rope):
     """Rotary position embedding (arXiv 2104.09864): rotates the channel pairs (i, i + D/2) of queries or keys
-    x (B,H,T,D), so positions affect q.k only through their distance. (The paper pairs 2i with 2i + 1.)"""
-    cos, sin = rope.to(x.dtype)  # each (B,1,T,D/2) or (1,1,T,D/2): all heads rotate alike
+    x (B,H,L,D), so positions affect q.k only through their distance. (The paper pairs 2i with 2i + 1.)"""
+    cos, sin = rope.to(x.dtype)  # each (B,1,L,D/2) or (1,1,L,D/2): all heads rotate alike
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 def attend(q, k, v, mask=None):
-    """softmax(QK^T / sqrt(D)) V, spelled out. q (B,H,T,D), k and v (B,H,S,D), mask True where a query may
-    attend -> values (B,H,T,D) and the attention map (B,H,T,S)."""
-    att = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B,H,T,D) x (B,H,D,S) -> (B,H,T,S)
+    """softmax(QK^T / sqrt(D)) V, spelled out. q (B,H,L,D), k and v (B,H,S,D), mask True where a query may
+    attend -> values (B,H,L,D) and the attention map (B,H,L,S)."""
+    att = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B,H,L,D) x (B,H,D,S) -> (B,H,L,S)
     if mask is not None:
         att = att + torch.where(mask, 0.0, float('-inf')).to(att.dtype)  # faster than masked_fill
     att = F.softmax(att, dim=-1)
-    return att @ v, att  # (B,H,T,S) x (B,H,S,D) -> (B,H,T,D)
+    return att @ v, att  # (B,H,L,S) x (B,H,S,D) -> (B,H,L,D)
 
 def avoid_fused_attention(q):  # SDPA trains slowly in bf16 on CPUs and has bugs on MPS
     slow_on_cpu = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad
-    return slow_on_cpu or (q.is_mps and torch.__version__ < (2, 13))  # TorchVersion compares with tuples
+    return slow_on_cpu or (q.is_mps and torch.__version__ < (2, 13))  # TorchVersion, not str
 
 class KVCache:  # the keys (after RoPE) and values (B,G,S,D) that one layer has computed so far
     k = v = None  # until the first update
@@ -172,12 +179,12 @@ class Attention(nn.Module):
         self.k = nn.Linear(cfg.n_embd, n_kv_head * self.head_dim, bias=cfg.bias)
         self.v = nn.Linear(cfg.n_embd, n_kv_head * self.head_dim, bias=cfg.bias)
         self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
-        self.keep_map = False  # True: each forward stores its map in attn_map (B,H,T,S)
+        self.keep_map = False  # True: each forward stores its map in attn_map (B,H,L,S)
     def forward(self, x, context=None, mask=None, rope=None, cache=None):
-        """Queries from x (B,T,C); keys and values from context (B,S,C) if given, else x. -> (B,T,C)
-        mask (B,1,T,S), True where a query may attend, replaces the causal mask."""
+        """Queries from x (B,L,C); keys and values from context (B,S,C) if given, else x. -> (B,L,C)
+        mask (B,1,L,S), True where a query may attend, replaces the causal mask."""
         context = x if context is None else context
-        q = self.q(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B,T,H,D) -> (B,H,T,D)
+        q = self.q(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B,L,H,D) -> (B,H,L,D)
         k = self.k(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B,G,S,D)
         v = self.v(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B,G,S,D)
         if rope is not None:
@@ -188,17 +195,16 @@ class Attention(nn.Module):
         if self.group_size > 1:  # (B,G,S,D) -> (B,H,S,D)
             k = k.repeat_interleave(self.group_size, dim=1)
             v = v.repeat_interleave(self.group_size, dim=1)
-        is_causal = self.causal and mask is None  # an explicit mask must be causal itself
-        if x.size(1) == 1:  # the newest token may see all keys; is_causal would show it only the first
-            is_causal = False
+        # a single query, the newest token, may attend to all keys; an explicit mask is causal by itself
+        is_causal = x.size(1) > 1 and mask is None and self.causal
         if self.keep_map or avoid_fused_attention(q):
-            if is_causal:  # T = S: there is no cache, or it was empty
+            if is_causal:  # here L = S: there is no cache, or it was empty
                 mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=x.device).tril()
             y, att = attend(q, k, v, mask)
             self.attn_map = att.detach() if self.keep_map else None
         else:  # the same in one call, without a map
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-        return self.out(y.transpose(1, 2).flatten(2))  # (B,H,T,D) -> (B,T,C)
+        return self.out(y.transpose(1, 2).flatten(2))  # (B,H,L,D) -> (B,L,C)
 
 class MLP(nn.Module):
     def __init__(self, cfg):
@@ -259,8 +265,8 @@ class VisionEncoder(nn.Module):  # ViT (arXiv 2010.11929), no class token, as in
         self.position_embedding = nn.Parameter(0.02 * torch.randn(cfg.grid**2, C))
         self.transformer = Transformer(cfg.vision)
     def forward(self, images):
-        """images (B,3,P,P), normalized -> features (B,grid*grid,C') in row-major order."""
-        x = self.stem(images).flatten(2).transpose(1, 2)  # (B,C',grid,grid) -> (B,grid*grid,C')
+        """images (B,3,P,P), normalized -> features (B,grid*grid,C) in row-major order."""
+        x = self.stem(images).flatten(2).transpose(1, 2)  # (B,C,grid,grid) -> (B,grid*grid,C)
         return self.transformer(x + self.position_embedding)
 
 class ResNetEncoder(nn.Module):  # torchvision's, without final pooling and classifier
@@ -274,28 +280,29 @@ class ResNetEncoder(nn.Module):  # torchvision's, without final pooling and clas
 
 # 4. Projection: from vision features to visual tokens of the decoder's width --------------------------
 def pixel_shuffle(x, f):
-    """Despite the usual name, this is an unshuffle: f x f cells become one. (B,L,C) -> (B,L/f^2,f*f*C)"""
-    B, L, C = x.shape
-    g = math.isqrt(L) // f  # output cells per side
-    x = x.view(B, g, f, g, f, C).transpose(2, 3)  # (B,i,di,j,dj,C) -> (B,i,j,di,dj,C)
+    """Despite the usual name, an unshuffle: f x f cells become one. (B,grid*grid,C) -> (B,g*g,f*f*C)"""
+    B, n_cells, C = x.shape
+    g = math.isqrt(n_cells) // f  # output cells per side
+    x = x.view(B, g, f, g, f, C).transpose(2, 3)  # (B,row,di,col,dj,C) -> (B,row,col,di,dj,C)
     return x.reshape(B, g * g, f * f * C)
 
 class MultimodalProjection(nn.Module):
     # to add one: list it in VLMConfig.projection, count its tokens in n_visual, build and call it below
-    def __init__(self, cfg, n_in):
+    def __init__(self, cfg, n_embd):  # n_embd: the encoder's width
         super().__init__()
         self.kind, self.factor = cfg.projection, cfg.factor
-        n_in, n_hidden, n_out = n_in * cfg.factor**2, cfg.projection_hidden, cfg.text.n_embd
+        n_in, n_out = n_embd * cfg.factor**2, cfg.text.n_embd
         if self.kind == 'mlp':  # as in LLaVA 1.5 (arXiv 2310.03744)
-            self.proj = nn.Sequential(nn.Linear(n_in, n_hidden), nn.GELU(), nn.Linear(n_hidden, n_out))
+            hidden = cfg.projection_hidden
+            self.proj = nn.Sequential(nn.Linear(n_in, hidden), nn.GELU(), nn.Linear(hidden, n_out))
         else:  # one linear map; as in nanoVLM, pixel_shuffle has no bias
             self.proj = nn.Linear(n_in, n_out, bias=self.kind != 'pixel_shuffle')
-        if self.kind == 'perceiver':  # as in Flamingo (arXiv 2204.14198), but without latents as keys
+        if self.kind == 'perceiver':  # Flamingo (2204.14198), whose keys include the latents too
             self.norm = make_norm(cfg.text)  # for x: a Block does not normalize context
             self.latents = nn.Parameter(0.02 * torch.randn(cfg.n_latents, n_out))
             self.resampler = Transformer(replace(cfg.text, n_layer=2))  # not causal; gets no rope
     def forward(self, x):
-        """Features (B,grid*grid,C') -> visual tokens (B,N,C)."""
+        """Features (B,grid*grid,n_embd) -> visual tokens (B,N,C)."""
         if self.kind == 'pixel_shuffle':
             x = pixel_shuffle(x, self.factor)
         x = self.proj(x)
@@ -318,7 +325,7 @@ class LanguageDecoder(nn.Module):
             self.position_embedding = nn.Parameter(std * torch.randn(cfg.block_size, C))
         self.transformer = Transformer(cfg.text, causal=True)
     def head(self, h):
-        return F.linear(h, self.embedding.weight)  # (...,C) -> (...,V): h . each embedding
+        return F.linear(h, self.embedding.weight)  # (...,C) -> (...,V): one dot product per token
     def forward(self, x, pos, mask=None, caches=None):
         """x (B,S,C) at the positions pos (B,S), or (1,S) for all -> hidden states (B,S,C), ready for head."""
         x = self.input_norm(x)
@@ -331,9 +338,9 @@ class LanguageDecoder(nn.Module):
 def packed_mask(positions, n_visual):
     """The mask for rows that pack several texts: each text sees only the image and itself.
     positions (B,T) count from 0 in each text -> mask (B,1,S,S), True where a query may attend."""
-    text = (positions == 0).cumsum(dim=1)  # (B,T), the text of each token: 0 1 2 0 1 -> 1 1 1 2 2
-    text = F.pad(text, (n_visual, 0))  # (B,S): 0 for the image
-    query, key = text[:, :, None], text[:, None, :]  # (B,S,1) and (B,1,S)
+    number = (positions == 0).cumsum(dim=1)  # (B,T), of each token's text: 0 1 2 0 1 -> 1 1 1 2 2
+    number = F.pad(number, (n_visual, 0))  # (B,S): 0 for the image
+    query, key = number[:, :, None], number[:, None, :]  # (B,S,1) and (B,1,S)
     allowed = (key == 0) | (key == query)  # (B,S,S)
     return allowed.tril()[:, None]  # also causal
 
@@ -354,17 +361,17 @@ class MinimalVLM(nn.Module):
                 nn.init.zeros_(module.bias)
         for stack in [module for module in self.modules() if isinstance(module, Transformer)]:
             for block in stack.blocks:
-                for layer in (block.attn.out, block.mlp.down):  # scaled down, as they add to x
+                for layer in (block.attn.out, block.mlp.down):  # these add to the residual stream
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
-        # self-attention only (so not the projection's): q and k start equal, so similar tokens score high,
-        # and small models learn to ground words in the image sooner (arXiv 2305.09828; 0.7 found by trial)
+        # self-attention only (not the Perceiver's): q and k start equal, which makes q.k a measure of
+        # similarity; small models learn to ground words in the image sooner (arXiv 2305.09828; 0.7 is tuned)
         for attn in [*self.vision.modules(), *self.decoder.modules()]:
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
                 nn.init.normal_(attn.k.weight, std=0.7 / math.sqrt(attn.k.in_features))
                 attn.q.weight.data.copy_(attn.k.weight)
 
     def embed(self, images, ids):
-        """Visual tokens, then text, (B,N+T,C). images: uint8 (B,3,P,P), one for all (1,3,P,P), or None."""
+        """Visual tokens, then text, (B,N+T,C). images: uint8 (B,3,P,P); (1,3,P,P), shared by all; or None."""
         x = self.decoder.embedding(ids)  # text, (B,T,C)
         if images is not None:
             pixels = images.to(x.dtype) / 255
@@ -380,24 +387,22 @@ class MinimalVLM(nn.Module):
         Without targets -> logits (B,T,V), None. Else logits (n_scored,V), loss (nats per token)."""
         x = self.embed(images, ids)  # (B,S,C)
         N = x.size(1) - ids.size(1)
-        pos = torch.arange(x.size(1), device=x.device)[None]  # indices in the sequence, (1,S)
+        pos = torch.arange(x.size(1), device=x.device)[None]  # (1,S): places in the whole sequence
         mask = None
-        if positions is not None:  # packed: each text restarts at N, right after the image
-            pos = torch.cat([pos[:, :N].expand(ids.size(0), -1), N + positions], dim=1)  # (B,S)
+        if positions is not None:  # packed: each text begins at N again, right after the image
+            pos = torch.cat([pos[:, :N].expand(len(ids), -1), N + positions], dim=1)  # (B,S)
             mask = packed_mask(positions, N)
         h = self.decoder(x, pos, mask)[:, N:]  # (B,T,C), without the visual positions
         if targets is None:
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
-        h = h[is_scored]
-        padded = F.pad(h, (0, 0, 0, -len(h) % 256))  # to n*256 rows: oneDNN is slow on new shapes
-        logits = self.decoder.head(padded)[: len(h)].float()
+        logits = self.decoder.head(h[is_scored]).float()
         return logits, F.cross_entropy(logits, targets[is_scored])
 
     @torch.inference_mode()
     def stream(self, images, ids, max_new_tokens=50, temperature=1.0, top_p=1.0, top_k=0, stop=-1):
-        """Yields the next tokens (B,1): feeds the prompts, ids (B,T) of one length, then each token in turn.
-        images as for embed. Call eval() first. Once a row has produced stop (-1: none), it repeats it."""
+        """Yields the next tokens (B,1), until all rows are done. ids (B,T): prompts, all of one length;
+        images as for embed. Call eval() first. A row that has produced stop (-1: none) repeats it."""
         x = self.embed(images, ids)
         caches = [KVCache() for _ in self.decoder.transformer.blocks]
         pos = torch.arange(x.size(1), device=x.device)[None]
@@ -417,19 +422,21 @@ class MinimalVLM(nn.Module):
 
     @torch.inference_mode()
     def score(self, image, prompt, choices):
-        """Log-probability (n,) of each of n choices, ids (L_i,) ending in END. image (3,P,P), prompt (T,)"""
-        answers = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-100)  # (n,L)
-        ids = torch.cat([prompt.expand(len(choices), -1), answers.clamp(min=0)], dim=1)  # (n,T+L)
-        logits, _ = self(image[None], ids[:, :-1])  # (n,T+L-1,V); those at t predict token t + 1
-        logits = logits[:, len(prompt) - 1 :].float().mT  # those that predict the answers, (n,V,L)
-        return -F.cross_entropy(logits, answers, reduction='none').sum(dim=1)  # -100: ignored
+        """Log-probability (n,) of each of n choices, ids ending in END. image (3,P,P), prompt (T,)"""
+        answers = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-100)  # (n,A)
+        ids = torch.cat([prompt.expand(len(choices), -1), answers.clamp(min=0)], dim=1)  # (n,T+A)
+        logits, _ = self(image[None], ids[:, :-1])  # (n,T+A-1,V): each predicts the next token
+        logits = logits[:, -answers.size(1) :].float()  # (n,A,V): the last A predict the answer
+        return -F.cross_entropy(logits.mT, answers, reduction='none').sum(dim=1)  # -100 is skipped
 
     @classmethod
     def from_pretrained(cls, names, cfg=None):
         """Loads public weights. names: 'name' or 'encoder,decoder', of repositories, folders, aliases or
         ResNets. Parts that no file covers keep their random weights. cfg replaces the published one."""
         names = [name.strip() for name in names.split(',')]
-        published = {k: v for name in names for k, v in read_config(name).items()}  # later wins
+        published = {}
+        for name in names:
+            published |= read_config(name)
         model = cls(cfg or VLMConfig(**published))
         for name in names:
             if name in ('resnet18', 'resnet50'):
@@ -454,18 +461,18 @@ def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
     if p < 1:
         before = probs.cumsum(dim=-1) - probs  # total probability of the likelier tokens
         probs = probs.masked_fill(before >= p, 0.0)  # keeps the token that crosses p
-    return ids.gather(-1, torch.multinomial(probs, num_samples=1))
+    return ids.gather(-1, torch.multinomial(probs, num_samples=1))  # multinomial normalizes probs
 
 # 8. Public weights and checkpoints --------------------------------------------------------------------
 def read_table(text):
     """The columns after the first, as dicts: VISION_NAMES['SigLIP']['norm'] is 'post_layernorm'."""
-    header, *rows = [line.split() for line in text.strip().splitlines()]
-    return {column: {row[0]: row[i] for row in rows} for i, column in enumerate(header) if i > 0}
+    ours, *columns = zip(*[line.split() for line in text.strip().splitlines()])  # rows to columns
+    return {column[0]: dict(zip(ours[1:], column[1:])) for column in columns}
 
-# Our layers (first column) and what public layouts call them. ".weight" or ".bias" follows, except after
-# position_embedding. In a cell, # is the block number and - means that the layout has no such layer.
-# Some files join q, k and v in one tensor: :0, :1, :2 take a third of it, :T transposes weights, :T1 both.
-# An output head in a file must equal the embedding. Vision positions are interpolated if the grids differ.
+# Our layers (first column) and what public layouts call them; # is the block number, - means no such layer.
+# ".weight" or ".bias" follows a name, except for position_embedding. After a colon: T transposes a weight,
+# 0, 1 or 2 takes that third of a tensor that joins q, k and v. So in GPT-2's column, blocks.3.attn.k.weight
+# is h.3.attn.c_attn.weight, transposed, the second third. Vision positions are interpolated to our grid.
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
 stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
@@ -495,39 +502,42 @@ blocks.#.mlp.gate   -                      layers.#.mlp.gate_proj               
 blocks.#.mlp.down   h.#.mlp.c_proj:T       layers.#.mlp.down_proj               decoder.blocks.#.mlp.down_proj
 norm                ln_f                   norm                                 decoder.norm
 """)
-NAMES = dict(vision=VISION_NAMES, projection={'nanoVLM': {'proj': 'MP.proj'}}, decoder=TEXT_NAMES)
+# (part of the model, one layout's names for its layers). The last layer of each is in every such file
+LAYOUTS = [('vision', names) for names in VISION_NAMES.values()]
+LAYOUTS += [('decoder', names) for names in TEXT_NAMES.values()] + [('projection', {'proj': 'MP.proj'})]
 PREFIX = r'^(transformer|vision_model|model)\.'  # in some files, before each name; stripped
 # tensors we ignore: SigLIP's text half, scale, bias and pooling head, GPT-2's masks, RoPE tables
 UNUSED = r'text_model\..*|logit_\w+|head\..*|.*\.attn\.(masked_)?bias|.*inv_freq'
 
-# what a config.json calls our settings; read_config has defaults for missing keys
-CONFIG_NAMES = read_table("""
-ours            siglip               gpt2                llama                    nanovlm-text  nanovlm-vision
-n_layer         num_hidden_layers    n_layer             num_hidden_layers        lm_n_blocks   vit_n_blocks
-n_head          num_attention_heads  n_head              num_attention_heads      lm_n_heads    vit_n_heads
-n_embd          hidden_size          n_embd              hidden_size              lm_hidden_dim vit_hidden_dim
-n_hidden        intermediate_size    n_inner             intermediate_size        lm_inter_dim  vit_inter_dim
-norm_eps        layer_norm_eps       layer_norm_epsilon  rms_norm_eps             lm_rms_eps    vit_ln_eps
-n_kv_head       -                    -                   num_key_value_heads      lm_n_kv_heads -
-rope_base       -                    -                   rope_theta               lm_re_base    -
-vocab_size      -                    vocab_size          vocab_size               lm_vocab_size -
-block_size      -                    n_positions         max_position_embeddings  -             -
-tokenizer       -                    -                   -                        lm_tokenizer  -
-image_size      image_size           -                   -                        -             vit_img_size
-patch_size      patch_size           -                   -                        -             vit_patch_size
+# what a config.json calls the fields of TransformerConfig (upper table) and of VLMConfig (lower table)
+STACK_FIELDS = read_table("""
+ours        siglip               gpt2                llama                nanovlm-text   nanovlm-vision
+n_layer     num_hidden_layers    n_layer             num_hidden_layers    lm_n_blocks    vit_n_blocks
+n_head      num_attention_heads  n_head              num_attention_heads  lm_n_heads     vit_n_heads
+n_embd      hidden_size          n_embd              hidden_size          lm_hidden_dim  vit_hidden_dim
+n_hidden    intermediate_size    n_inner             intermediate_size    lm_inter_dim   vit_inter_dim
+norm_eps    layer_norm_eps       layer_norm_epsilon  rms_norm_eps         lm_rms_eps     vit_ln_eps
+n_kv_head   -                    -                   num_key_value_heads  lm_n_kv_heads  -
+rope_base   -                    -                   rope_theta           lm_re_base     -
+""")
+MODEL_FIELDS = read_table("""
+ours        siglip               gpt2                llama                    nanovlm
+image_size  image_size           -                   -                        vit_img_size
+patch_size  patch_size           -                   -                        vit_patch_size
+vocab_size  -                    vocab_size          vocab_size               lm_vocab_size
+block_size  -                    n_positions         max_position_embeddings  -
+tokenizer   -                    -                   -                        lm_tokenizer
 """)
 SUPPORTED = {  # keys of a config.json that must have this value, if present
     'siglip': dict(hidden_act='gelu_pytorch_tanh'), 'nanovlm': dict(mp_pixel_shuffle_factor=2),
     'gpt2': dict(activation_function='gelu_new', scale_attn_by_inverse_layer_idx=False),
     'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False, rope_scaling=None,
                   rope_type='default', tie_word_embeddings=True)}
-IMAGE_FIELDS = ('encoder', 'stem', 'image_size', 'patch_size', 'image_mean', 'image_std')
-IMAGE_DEFAULTS = {field: getattr(VLMConfig, field) for field in IMAGE_FIELDS}
 ALIASES = {'siglip-b-16': 'google/siglip-base-patch16-224', 'gpt2': 'openai-community/gpt2',
            'smollm2-135m': 'HuggingFaceTB/SmolLM2-135M', 'nanovlm-222m': 'lusxvr/nanoVLM-222M'}
 
-def fetch(name, file, only_check=False, attempts=3):
-    """Path of a file in a folder, or in a Hugging Face repository: downloads it, or only checks for it."""
+def fetch(name, file):
+    """Path of a file in a folder, or in a Hugging Face repository, from which it is downloaded once."""
     if os.path.isdir(os.path.expanduser(name)):
         return os.path.join(os.path.expanduser(name), file)
     repository = ALIASES.get(name, name)
@@ -541,15 +551,10 @@ def fetch(name, file, only_check=False, attempts=3):
         if total > 10**7 and blocks % (total // size // 20) == 0:
             print(f'{url}: {blocks * size / 1e6:.0f} of {total / 1e6:.0f} MB', file=sys.stderr)
     try:
-        if only_check:
-            urllib.request.urlopen(urllib.request.Request(url, method='HEAD')).close()
-        else:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            part, _ = urllib.request.urlretrieve(url, f'{path}.{os.getpid()}', show)
-            os.replace(part, path)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        part, _ = urllib.request.urlretrieve(url, f'{path}.{os.getpid()}', show)
+        os.replace(part, path)
     except (OSError, ValueError) as e:  # ContentTooShortError is an OSError
-        if attempts > 1:
-            return fetch(name, file, only_check, attempts - 1)
         raise UserError(f'cannot download {url} ({e}): save it (one file, no shards) to '
                         f'{path}, or train your own model: python train.py') from e
     return path
@@ -563,30 +568,31 @@ def read_json(path):
 
 def read_config(name):
     """The fields of VLMConfig that a published model determines, defaults included, as a dict."""
+    image = dict(encoder='vit', stem='patch', image_size=224, patch_size=16)
+    image |= dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
     if name in ('resnet18', 'resnet50'):
-        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-        return IMAGE_DEFAULTS | dict(encoder=name, patch_size=32, image_mean=mean, image_std=std)
+        image |= dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))  # ImageNet's
+        return image | dict(encoder=name, patch_size=32)
     path = fetch(name, 'config.json')
-    fetch(name, 'model.safetensors', only_check=True)  # repositories: fail early if sharded
-    c = read_json(path)
-    kind = str(c.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # nanoVLM has none
+    config = read_json(path)
+    kind = str(config.get('model_type', 'nanovlm')).removesuffix('_vision_model')
     check(kind in SUPPORTED, f'{path}: model_type={kind} must be one of {", ".join(SUPPORTED)}')
-    c |= c.get('vision_config') or c.get('rope_parameters') or {}  # nested in SigLIP and Llama
+    config |= config.get('vision_config') or {}  # SigLIP's, if its text half is there too
+    config |= config.get('rope_parameters') or {}  # Llama's, in newer files
     for key, value in SUPPORTED[kind].items():
-        check(c.get(key, value) == value, f'{path}: {key}={c.get(key)} must be {value}')
+        check(config.get(key, value) == value, f'{path}: {key}={config.get(key)} must be {value}')
+    def read(names):  # what config says, under our names
+        return {ours: config[key] for ours, key in names.items() if config.get(key) is not None}
     if kind == 'siglip':
-        return IMAGE_DEFAULTS | translate(c, 'siglip', 'vision', SIGLIP_B)
+        vision = replace(SIGLIP_B, **read(STACK_FIELDS['siglip']))
+        return image | read(MODEL_FIELDS['siglip']) | dict(vision=vision)
     if kind == 'nanovlm':
-        vision = translate(c, 'nanovlm-vision', 'vision', SIGLIP_B)
-        return vars(PRESETS['nanovlm']) | vision | translate(c, 'nanovlm-text', 'text', LLAMA)
+        vision = replace(SIGLIP_B, **read(STACK_FIELDS['nanovlm-vision']))
+        text = replace(LLAMA, **read(STACK_FIELDS['nanovlm-text']))
+        return vars(PRESETS['nanovlm']) | read(MODEL_FIELDS['nanovlm']) | dict(vision=vision, text=text)
+    text = replace(GPT2 if kind == 'gpt2' else LLAMA, **read(STACK_FIELDS[kind]))
     defaults = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)
-    return defaults | translate(c, kind, 'text', GPT2 if kind == 'gpt2' else LLAMA)
-
-def translate(c, column, part, base):
-    """Fields of VLMConfig from a config.json, c, by a column of CONFIG_NAMES; base has a part's defaults."""
-    found = {ours: c[theirs] for ours, theirs in CONFIG_NAMES[column].items() if c.get(theirs) is not None}
-    in_part = {name: found.pop(name) for name in vars(base) if name in found}  # n_layer, n_head, ...
-    return found | {part: replace(base, **in_part)}
+    return defaults | read(MODEL_FIELDS[kind]) | dict(text=text)
 
 def read_safetensors(path):
     """{name: tensor}, memory-mapped. Layout: 8-byte header length, JSON header, data."""
@@ -606,24 +612,24 @@ def read_safetensors(path):
             tensors[name] = raw.view(entry['shape'])
         return tensors
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as e:
-        raise UserError(f'{path} is not a complete .safetensors file, or has unknown dtypes ({e!r})') from e
+        raise UserError(f'{path} is not a complete .safetensors file of known dtypes ({e!r})') from e
 
 def load_weights(model, path):
-    """Loads each part in NAMES that the file contains, which must be complete; leaves others unchanged."""
+    """Loads each part of the model that the file covers; leaves the others as they are."""
     tensors = {re.sub(PREFIX, '', name): x for name, x in read_safetensors(path).items()}
-    head = tensors.pop('lm_head.weight', tensors.pop('decoder.head.weight', None))  # at most one is there
-    if head is not None and 'decoder.norm.weight' in tensors:  # nanoVLM may store only the head
-        tensors.setdefault('decoder.token_embedding.weight', head)
+    heads = [tensors.pop(name) for name in ('lm_head.weight', 'decoder.head.weight') if name in tensors]
+    if heads and 'decoder.norm.weight' in tensors:  # nanoVLM: the tied embedding may be left out
+        tensors.setdefault('decoder.token_embedding.weight', heads[0])
     used = set()
-    for part, table in [(part, table) for part in NAMES for table in NAMES[part].values()]:
-        if list(table.values())[-1] + '.weight' not in tensors:  # the last row stands for all
+    for part, names in LAYOUTS:
+        if list(names.values())[-1] + '.weight' not in tensors:
             continue
         for name, parameter in getattr(model, part).named_parameters():
-            layer, _, suffix = name.removeprefix('transformer.').rpartition('.')  # blocks.3.attn.k, weight
-            number = layer.split('.')[1] if layer.startswith('blocks.') else '#'  # 3
-            row = layer.replace(f'.{number}.', '.#.', 1) or name  # blocks.#.attn.k
-            theirs, _, how = table.get(row, '-').replace('#', number).partition(':')  # h.3.attn.c_attn, T1
-            theirs += f'.{suffix}' if layer else ''  # position_embedding's cell is complete
+            layer = re.sub(r'^transformer\.|\.(weight|bias)$', '', name)  # blocks.3.attn.k
+            number = ''.join(re.findall(r'^blocks\.(\d+)', layer))  # 3, or '' outside the blocks
+            row = re.sub(r'^blocks\.\d+', 'blocks.#', layer)  # blocks.#.attn.k
+            theirs, _, how = names.get(row, '-').replace('#', number).partition(':')  # h.3..., T1
+            theirs += name.rpartition(layer)[2]  # .weight, .bias or (position_embedding) nothing
             check(theirs in tensors, f'{path} has no tensor for {part}.{name} ({theirs})')
             tensor = tensors[theirs]
             if 'T' in how and name.endswith('weight'):
@@ -631,13 +637,13 @@ def load_weights(model, path):
             if how[-1:].isdigit():
                 tensor = tensor.chunk(3)[int(how[-1])]
             if name == 'position_embedding':
-                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # maybe (1,n,C)
+                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # some are (1,n,C)
             check(tensor.shape == parameter.shape, f'{path}: {theirs} must be {list(parameter.shape)}')
             parameter.data.copy_(tensor)
             used.add(theirs)
     left = [name for name in tensors if name not in used and not re.fullmatch(UNUSED, name)]
     check(used and not left, f'{path}: unsupported layout, or unexpected tensors: {left[:3]}')
-    tied = head is None or torch.equal(head.float(), model.decoder.embedding.weight)
+    tied = all(torch.equal(head.float(), model.decoder.embedding.weight) for head in heads)
     check(tied, f'{path}: its output head differs from its embedding: not supported')
 
 def fit_positions(x, n, part):
@@ -666,7 +672,7 @@ def load_checkpoint(path, device='cpu'):
         state = torch.load(path, map_location='cpu', weights_only=True)
         cfg = state.pop('config')
         cfg |= {part: TransformerConfig(**cfg[part]) for part in ('vision', 'text')}
-        with torch.device('meta'):  # no allocation: the file's tensors become the parameters
+        with torch.device('meta'):  # no allocation: the tensors of the file become the model's
             model = MinimalVLM(VLMConfig(**cfg))
         model.load_state_dict(state.pop('model'), assign=True)
         tokenizer = Tokenizer(**state.pop('tokenizer'))
@@ -676,13 +682,13 @@ def load_checkpoint(path, device='cpu'):
 
 # 9. Tokenizers ----------------------------------------------------------------------------------------
 END = '<|endoftext|>'
-# how text is split before BPE. PIECES (SmolLM2's, ours) makes each digit a piece, without a leading space
+# how text is split before BPE: 'in 24' into 'in' ' ' '2' '4' by PIECES (ours, SmolLM2's), GPT-2: 'in' ' 24'
 PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 class Tokenizer:
-    """Byte-level BPE: text <-> ids, by tiktoken. tokens: {token: id}, the bytes of a token written as a
-    latin-1 string. The adjacent pair whose joined token has the lowest id is merged first."""
+    """Byte-level BPE: text <-> ids, by tiktoken, which merges the pair whose joined token has the lowest id
+    first. tokens: {token: id}, each token a string with one character, chr(0) to chr(255), for each byte."""
     def __init__(self, name, tokens, special, pieces=PIECES):
         self.state = dict(name=name, tokens=tokens, special=special, pieces=pieces)
         self.name = name
@@ -717,50 +723,47 @@ class Tokenizer:
         steps = pre.get('pretokenizers', [pre])
         kinds = ' '.join(step.get('type', '') for step in steps)
         pieces = {'ByteLevel': GPT2_PIECES, 'Digits ByteLevel': PIECES}.get(kinds)
-        required = dict(add_prefix_space=False, use_regex=True, individual_digits=True)  # if given
-        supported = all(step.get(key, value) == value for step in steps for key, value in required.items())
-        check(pieces and supported and not data.get('normalizer'), f'{path}: unsupported pre-tokenizer')
-        # merges, each 'a b' or [a, b], come in order; tiktoken orders them by id, so their ids must ascend
+        check(pieces and not data.get('normalizer'), f'{path}: unsupported pre-tokenizer or normalizer')
+        supported = dict(add_prefix_space=False, use_regex=True, individual_digits=True)  # if given
+        for step in steps:
+            for key, value in supported.items():
+                check(step.get(key, value) == value, f'{path}: unsupported pre-tokenizer ({key})')
+        # merges ('a b' or ['a', 'b']) come in order; tiktoken goes by the ids of 'ab': they must ascend
         ids = [model['vocab'].get(''.join(merge).replace(' ', ''), -1) for merge in model['merges']]
         check(END in special and ids == sorted(ids), f'{path}: no {END}, or ids not in merge order')
-        # undo GPT-2's alphabet: printable bytes map to themselves, the rest to chr(256) upwards
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = [b for b in range(256) if b not in printable]
-        alphabet = {256 + n: b for n, b in enumerate(others)}
+        # in the file, chr(256), chr(257), ... stand for the bytes that are not printable
+        unprintable = [*range(33), *range(127, 161), 173]
+        alphabet = {256 + n: byte for n, byte in enumerate(unprintable)}
         tokens = {t.translate(alphabet): i for t, i in model['vocab'].items() if t not in special}
         return cls(name, tokens, special, pieces)
 
 def learn_bpe(texts, n_tokens):
     """BPE (arXiv 1508.07909): repeatedly joins the most frequent pair of adjacent tokens into a new one."""
-    # PIECES for re, which lacks \p{L} (letters) and \p{N} (digits): first the class of both, then each
-    pattern = PIECES.replace(r'[^\s\p{L}\p{N}]', r'(?:[^\w\s]|_)')
-    pattern = pattern.replace(r'\p{L}', r'[^\W\d_]').replace(r'\p{N}', r'\d')
+    # PIECES for re, which has no \p{L} (letters) and no \p{N} (digits)
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?=\d)|\s+(?!\S)|\s+"
     pieces = Counter(piece for text in texts for piece in re.findall(pattern, text))
-    # each distinct piece as a list of tokens, at first one for each byte, written as a latin-1 character
-    words = [list(piece.encode('utf-8', 'replace').decode('latin-1')) for piece in pieces]
-    counts = list(pieces.values())  # how often each word occurs in the texts
-    tokens = {chr(b): b for b in range(256)}  # token -> id
+    counts = list(pieces.values())  # how often each piece occurs in the texts
+    # the tokens of each piece in brackets, at first one for each byte: ‹c›‹a›‹t›
+    words = [''.join(f'‹{chr(b)}›' for b in piece.encode('utf-8', 'replace')) for piece in pieces]
     pairs = Counter()  # (left, right) -> how often they are neighbors in the texts
-    where = defaultdict(set)  # (left, right) -> indices of the words that contain it, or once did
-    def add_pairs(i, start, end, n):  # counts n more of each pair in that slice of word i
-        part = words[i][max(0, start) : end]
-        for pair in zip(part, part[1:]):
+    def add_pairs(word, n):
+        parts = word[1:-1].split('›‹')  # ['c', 'a', 't']
+        for pair in zip(parts, parts[1:]):
             pairs[pair] += n
-            where[pair].add(i)
-    for i, word in enumerate(words):
-        add_pairs(i, 0, len(word), counts[i])
+    for word, n in zip(words, counts):
+        add_pairs(word, n)
+    tokens = {chr(b): b for b in range(256)}  # token -> id
     while pairs and len(tokens) < n_tokens:
         (left, right), most = pairs.most_common(1)[0]
         if most < 2:
             break
         tokens[left + right] = len(tokens)
-        for i in list(where[left, right]):
-            word = words[i]
-            for j in range(len(word)):  # word shrinks: past its new end, slices are empty
-                if word[j : j + 2] == [left, right]:
-                    add_pairs(i, j - 1, j + 3, -counts[i])  # before left right after: 3 pairs go
-                    word[j : j + 2] = [left + right]
-                    add_pairs(i, j - 1, j + 2, counts[i])  # before joined after: 2 pairs come
+        apart, joined = f'‹{left}›‹{right}›', f'‹{left}{right}›'
+        for i, word in enumerate(words):
+            if apart in word:
+                add_pairs(word, -counts[i])
+                words[i] = word.replace(apart, joined)
+                add_pairs(words[i], counts[i])
     return tokens
 
 # 10. Images and batches -------------------------------------------------------------------------------
@@ -778,7 +781,7 @@ def to_rgb(image):
     image.load()  # decode now: the suppress() below would hide a broken file
     with contextlib.suppress(Exception):  # ignore broken EXIF data
         image = ImageOps.exif_transpose(image)
-    if image.mode[0] in 'IF':  # I, I;16 or F: guess the maximum from the brightest pixel
+    if image.mode[0] in 'IF':  # more than 8 bits: assume the smallest range that fits
         image = image.convert('F')
         high = image.getextrema()[1]
         white = min((level for level in (1, 255, 65535) if level >= high), default=high)
@@ -791,46 +794,43 @@ def image_transform(cfg):  # RGB image -> uint8 (3,P,P), squashed to a square; e
     return transforms.Compose([transforms.Resize([cfg.image_size] * 2), transforms.PILToTensor()])
 
 def encode_prompt(tokenizer, cfg, prompt):
-    """Token ids of the templated prompt, at most half of a text's room. If empty: caption_prompt or END."""
+    """Token ids of the prompt in its template. No prompt: caption_prompt, or END if there is none."""
     prompt = prompt.strip() or cfg.caption_prompt
     if not prompt:
         return [tokenizer.end]
     ids = tokenizer.encode(cfg.prompt_template.replace('{}', prompt))
-    limit = (cfg.block_size - cfg.n_visual) // 2
-    if len(ids) > limit:
-        end = tokenizer.encode(cfg.prompt_template.split('{}')[1])  # keep the end of the template
-        ids = ids[: max(0, limit - len(end))] + end[-limit:]
-    return ids
+    return ids[-((cfg.block_size - cfg.n_visual) // 2) :]  # leaves half of the text to the answer
 
 def encode_answer(tokenizer, cfg, answer):
     return tokenizer.encode(cfg.answer_prefix + answer.strip()) + [tokenizer.end]
 
 def collate(items, cfg, tokenizer, transform):
-    """[(image, [(prompt, answer), ...]), ...] -> images (B,3,P,P), ids, targets, positions (B,T). A row is an
-    image with its texts, truncated to block_size; positions is None if no row has several."""
-    room = cfg.block_size - cfg.n_visual
+    """[(image, [(prompt, answer), ...]), ...] -> images (B,3,P,P) and, each (B,T), ids, targets, positions.
+    All texts of an image share a row, cut off at block_size. positions is None if no image has several.
+        ids         p1    p2   a    p1   b     the texts  p1 p2 a END  and  p1 b END
+        targets    -100   a   END   b   END    the next token of the text; -100: not scored
+        positions    0    1    2    0    1     the place in the text"""
     rows = []
     for _, texts in items:
         row = []  # (id, target, position) of each token
         for prompt, answer in texts:
             prompt_ids = encode_prompt(tokenizer, cfg, prompt)
             answer_ids = encode_answer(tokenizer, cfg, answer)
-            # shifted within each text, so no END predicts the next: p1 p2 a END -> p1 p2 a and -100 a END
-            targets = [-100] * len(prompt_ids) + answer_ids
-            row += zip((prompt_ids + answer_ids)[:-1], targets[1:], range(len(targets)))
-        rows.append(row[:room])
-    # pad to a multiple of 16 (oneDNN is slow on new lengths); position 0 makes each pad a text of its own
-    longest = min(room, math.ceil(max(map(len, rows)) / 16) * 16)
-    rows = torch.tensor([row + [(0, -100, 0)] * (longest - len(row)) for row in rows])  # (B,T,3)
-    ids, targets, positions = rows.unbind(-1)
+            ids = (prompt_ids + answer_ids)[:-1]  # nothing follows END
+            targets = [-100] * (len(prompt_ids) - 1) + answer_ids
+            row += zip(ids, targets, range(len(ids)))
+        rows.append(row[: cfg.block_size - cfg.n_visual])
+    longest = max(map(len, rows))
+    rows = [row + [(0, -100, 0)] * (longest - len(row)) for row in rows]  # pads: texts of their own
+    ids, targets, positions = torch.tensor(rows).unbind(-1)  # (B,T,3) -> three times (B,T)
     packed = any(len(texts) > 1 for _, texts in items)
     images = torch.stack([transform(image) for image, _ in items])
     return images, ids, targets, (positions if packed else None)
 
 # 11. Command line -------------------------------------------------------------------------------------
 def override(settings, argv=None):
-    """Overrides settings, the globals() of a script, by --name=value, --name value or a bare --flag. Settings
-    are unindented lines `name = default  # comment`; defaults set the types, --help shows the comments."""
+    """Overrides settings, the globals() of a script, by --name=value, --name value or a bare --flag.
+    A setting is a line such as `seed = 1337  # comment`: its default sets the type; --help shows both."""
     def true_or_false(text):
         return bool(json.loads(text.lower()))
     with open(settings['__file__'], encoding='utf-8') as f:
