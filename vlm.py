@@ -100,8 +100,8 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
         check_choices(self)
         check(self.vision.position == 'learned', "position='rope' is for the decoder only")
         check(self.encoder == 'vit' or self.patch_size == 32, 'a ResNet needs patch_size=32')
-        conv_fits = self.encoder != 'vit' or self.stem == 'patch' or self.patch_size == 8
-        check(conv_fits, "stem='conv' needs patch_size=8")
+        if self.encoder == 'vit' and self.stem == 'conv':
+            check(self.patch_size == 8, "stem='conv' needs patch_size=8")
         P, cell = self.image_size, self.patch_size * self.factor
         check(P >= cell > 0 and P % cell == 0, f'image_size={P} must be a multiple of {cell}')
         check(self.prompt_template.count('{}') == 1, 'prompt_template must contain {} once')
@@ -113,7 +113,7 @@ LLAMA = TransformerConfig(norm='rms', norm_eps=1e-5, activation='swiglu', positi
 SMOLLM2_135M = replace(LLAMA, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536, rope_base=1e5)
 SLIM = TransformerConfig(n_layer=4, n_head=8, n_embd=128, bias=False)
 COMMON = dict(image_size=64, patch_size=8, stem='conv', projection='pixel_shuffle', input_norm=True)
-PRESETS = {  # visual tokens (N,C): tiny, small (16,128), 16 = (64/8/2)^2; base (196,768); nanovlm (49,576)
+PRESETS = {  # visual tokens (N,C): (16,128) in tiny and small, (196,768) in base, (49,576) in nanovlm
     'tiny': VLMConfig(replace(SLIM, n_layer=1), SLIM, vocab_size=512, block_size=112, **COMMON),
     'small': VLMConfig(replace(SLIM, n_layer=1, n_head=4, dropout=0.1), replace(SLIM, n_head=4, dropout=0.1),
                        vocab_size=4096, block_size=160, **COMMON),
@@ -158,7 +158,7 @@ def avoid_fused_attention(q):  # SDPA trains slowly in bf16 on CPUs and has bugs
     return slow_on_cpu or (q.is_mps and torch.__version__ < (2, 13))  # TorchVersion, not str
 
 class KVCache:  # the keys (after RoPE) and values (B,G,S,D) that one layer has computed so far
-    k = v = None  # until the first update
+    k = v = None  # none yet
     def update(self, k, v):  # appends the new keys and values, returns all of them
         if self.k is not None:
             k = torch.cat([self.k, k], dim=2)
@@ -195,10 +195,10 @@ class Attention(nn.Module):
         if self.group_size > 1:  # (B,G,S,D) -> (B,H,S,D)
             k = k.repeat_interleave(self.group_size, dim=1)
             v = v.repeat_interleave(self.group_size, dim=1)
-        # a single query, the newest token, may attend to all keys; an explicit mask is causal by itself
+        # one new token needs no mask, as all keys precede it; a mask that was passed is already causal
         is_causal = x.size(1) > 1 and mask is None and self.causal
         if self.keep_map or avoid_fused_attention(q):
-            if is_causal:  # here L = S: there is no cache, or it was empty
+            if is_causal:  # then the cache was empty (see the assert), so L = S
                 mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=x.device).tril()
             y, att = attend(q, k, v, mask)
             self.attn_map = att.detach() if self.keep_map else None
@@ -238,7 +238,7 @@ class Transformer(nn.Module):  # blocks and a final norm
         super().__init__()
         self.blocks = nn.ModuleList([Block(cfg, causal) for _ in range(cfg.n_layer)])
         self.norm = make_norm(cfg)
-        self.grad_checkpointing = False  # True: recompute each block in backward, to save memory
+        self.grad_checkpointing = False  # True: backward recomputes each block, to save memory
     def forward(self, x, context=None, mask=None, rope=None, caches=None):
         for i, block in enumerate(self.blocks):
             if self.grad_checkpointing and torch.is_grad_enabled() and caches is None:
@@ -251,7 +251,7 @@ class Transformer(nn.Module):  # blocks and a final norm
 def conv_stem(C):
     """(B,3,P,P) -> (B,C,P/8,P/8). Slower than one convolution, but needs far fewer training images."""
     layers = [nn.Conv2d(3, C // 4, kernel_size=4, stride=2, padding=1), nn.GELU()]  # to P/2
-    for c_in, c_out in ((C // 4, C // 4), (C // 4, C // 2)):  # poolings: to P/4, to P/8
+    for c_in, c_out in ((C // 4, C // 4), (C // 4, C // 2)):  # to P/4, then to P/8
         conv = nn.Conv2d(c_in, c_out, kernel_size=3, padding=1, bias=False)
         layers += [conv, nn.MaxPool2d(2), nn.BatchNorm2d(c_out), nn.GELU()]
     return nn.Sequential(*layers, nn.Conv2d(C // 2, C, kernel_size=3, padding=1))
@@ -280,7 +280,7 @@ class ResNetEncoder(nn.Module):  # torchvision's, without final pooling and clas
 
 # 4. Projection: from vision features to visual tokens of the decoder's width --------------------------
 def pixel_shuffle(x, f):
-    """Despite the usual name, an unshuffle: f x f cells become one. (B,grid*grid,C) -> (B,g*g,f*f*C)"""
+    """Merges f x f cells into one (strictly, an unshuffle). (B,grid*grid,C) -> (B,g*g,f*f*C)"""
     B, n_cells, C = x.shape
     g = math.isqrt(n_cells) // f  # output cells per side
     x = x.view(B, g, f, g, f, C).transpose(2, 3)  # (B,row,di,col,dj,C) -> (B,row,col,di,dj,C)
@@ -291,14 +291,13 @@ class MultimodalProjection(nn.Module):
     def __init__(self, cfg, n_embd):  # n_embd: the encoder's width
         super().__init__()
         self.kind, self.factor = cfg.projection, cfg.factor
-        n_in, n_out = n_embd * cfg.factor**2, cfg.text.n_embd
+        n_in, n_hidden, n_out = n_embd * cfg.factor**2, cfg.projection_hidden, cfg.text.n_embd
         if self.kind == 'mlp':  # as in LLaVA 1.5 (arXiv 2310.03744)
-            hidden = cfg.projection_hidden
-            self.proj = nn.Sequential(nn.Linear(n_in, hidden), nn.GELU(), nn.Linear(hidden, n_out))
+            self.proj = nn.Sequential(nn.Linear(n_in, n_hidden), nn.GELU(), nn.Linear(n_hidden, n_out))
         else:  # one linear map; as in nanoVLM, pixel_shuffle has no bias
             self.proj = nn.Linear(n_in, n_out, bias=self.kind != 'pixel_shuffle')
-        if self.kind == 'perceiver':  # Flamingo (2204.14198), whose keys include the latents too
-            self.norm = make_norm(cfg.text)  # for x: a Block does not normalize context
+        if self.kind == 'perceiver':  # as in Flamingo (arXiv 2204.14198), but latents aren't keys
+            self.norm = make_norm(cfg.text)  # for the features: a Block only normalizes its queries
             self.latents = nn.Parameter(0.02 * torch.randn(cfg.n_latents, n_out))
             self.resampler = Transformer(replace(cfg.text, n_layer=2))  # not causal; gets no rope
     def forward(self, x):
@@ -321,7 +320,7 @@ class LanguageDecoder(nn.Module):
         self.embedding = nn.Embedding(cfg.vocab_size, C)  # its weight is also the output head: tied
         self.input_norm = nn.LayerNorm(C, elementwise_affine=False) if cfg.input_norm else nn.Identity()
         if cfg.text.position == 'learned':
-            std = 0.5 if cfg.input_norm else 0.02  # 0.02 would be drowned out by inputs of std 1
+            std = 0.5 if cfg.input_norm else 0.02  # large enough beside inputs of std 1
             self.position_embedding = nn.Parameter(std * torch.randn(cfg.block_size, C))
         self.transformer = Transformer(cfg.text, causal=True)
     def head(self, h):
@@ -338,9 +337,9 @@ class LanguageDecoder(nn.Module):
 def packed_mask(positions, n_visual):
     """The mask for rows that pack several texts: each text sees only the image and itself.
     positions (B,T) count from 0 in each text -> mask (B,1,S,S), True where a query may attend."""
-    number = (positions == 0).cumsum(dim=1)  # (B,T), of each token's text: 0 1 2 0 1 -> 1 1 1 2 2
-    number = F.pad(number, (n_visual, 0))  # (B,S): 0 for the image
-    query, key = number[:, :, None], number[:, None, :]  # (B,S,1) and (B,1,S)
+    text_number = (positions == 0).cumsum(dim=1)  # (B,T): positions 0 1 2 0 1 -> texts 1 1 1 2 2
+    text_number = F.pad(text_number, (n_visual, 0))  # (B,S): 0 for the image
+    query, key = text_number[:, :, None], text_number[:, None, :]  # (B,S,1) and (B,1,S)
     allowed = (key == 0) | (key == query)  # (B,S,S)
     return allowed.tril()[:, None]  # also causal
 
@@ -353,7 +352,7 @@ class MinimalVLM(nn.Module):
         self.decoder = LanguageDecoder(cfg)
         self.init_weights()
     def init_weights(self):
-        """Linear layers and embeddings as in GPT-2, except for some q and k: see below."""
+        """Linear layers and embeddings as in GPT-2, but with q and k equal in self-attention."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -363,8 +362,8 @@ class MinimalVLM(nn.Module):
             for block in stack.blocks:
                 for layer in (block.attn.out, block.mlp.down):  # these add to the residual stream
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
-        # self-attention only (not the Perceiver's): q and k start equal, which makes q.k a measure of
-        # similarity; small models learn to ground words in the image sooner (arXiv 2305.09828; 0.7 is tuned)
+        # q and k start equal in self-attention: W^T W is about 0.5 I, so q.k measures similarity, and small
+        # models learn to ground words in the image sooner (arXiv 2305.09828; 0.7 was tuned on drawn scenes)
         for attn in [*self.vision.modules(), *self.decoder.modules()]:
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
                 nn.init.normal_(attn.k.weight, std=0.7 / math.sqrt(attn.k.in_features))
@@ -387,12 +386,12 @@ class MinimalVLM(nn.Module):
         Without targets -> logits (B,T,V), None. Else logits (n_scored,V), loss (nats per token)."""
         x = self.embed(images, ids)  # (B,S,C)
         N = x.size(1) - ids.size(1)
-        pos = torch.arange(x.size(1), device=x.device)[None]  # (1,S): places in the whole sequence
+        seq_pos = torch.arange(x.size(1), device=x.device)[None]  # (1,S): positions in the sequence
         mask = None
-        if positions is not None:  # packed: each text begins at N again, right after the image
-            pos = torch.cat([pos[:, :N].expand(len(ids), -1), N + positions], dim=1)  # (B,S)
+        if positions is not None:  # packed: each text starts at N, as if it were the only one
+            seq_pos = torch.cat([seq_pos[:, :N].expand(len(ids), -1), N + positions], dim=1)  # (B,S)
             mask = packed_mask(positions, N)
-        h = self.decoder(x, pos, mask)[:, N:]  # (B,T,C), without the visual positions
+        h = self.decoder(x, seq_pos, mask)[:, N:]  # (B,T,C), without the visual positions
         if targets is None:
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
@@ -402,7 +401,7 @@ class MinimalVLM(nn.Module):
     @torch.inference_mode()
     def stream(self, images, ids, max_new_tokens=50, temperature=1.0, top_p=1.0, top_k=0, stop=-1):
         """Yields the next tokens (B,1), until all rows are done. ids (B,T): prompts, all of one length;
-        images as for embed. Call eval() first. A row that has produced stop (-1: none) repeats it."""
+        images as for embed. Call eval() first. A row that has produced stop keeps repeating it."""
         x = self.embed(images, ids)
         caches = [KVCache() for _ in self.decoder.transformer.blocks]
         pos = torch.arange(x.size(1), device=x.device)[None]
@@ -431,8 +430,8 @@ class MinimalVLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, names, cfg=None):
-        """Loads public weights. names: 'name' or 'encoder,decoder', of repositories, folders, aliases or
-        ResNets. Parts that no file covers keep their random weights. cfg replaces the published one."""
+        """Loads public weights. names: 'name' or 'encoder,decoder', each a repository, folder,
+        alias or ResNet. Parts that no file covers keep random weights. cfg replaces the published one."""
         names = [name.strip() for name in names.split(',')]
         published = {}
         for name in names:
@@ -456,7 +455,7 @@ def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
         return logits.argmax(dim=-1, keepdim=True)
     logits, ids = logits.float().sort(dim=-1, descending=True)
     logits = logits[..., : top_k or None]  # [: None] keeps all
-    logits = (logits - logits[..., :1]) / max(temperature, 1e-30)  # the largest is 0: no inf
+    logits = (logits - logits[..., :1]) / max(temperature, 1e-30)  # all <= 0, so none overflows
     probs = F.softmax(logits, dim=-1)
     if p < 1:
         before = probs.cumsum(dim=-1) - probs  # total probability of the likelier tokens
@@ -469,10 +468,9 @@ def read_table(text):
     ours, *columns = zip(*[line.split() for line in text.strip().splitlines()])  # rows to columns
     return {column[0]: dict(zip(ours[1:], column[1:])) for column in columns}
 
-# Our layers (first column) and what public layouts call them; # is the block number, - means no such layer.
-# ".weight" or ".bias" follows a name, except for position_embedding. After a colon: T transposes a weight,
-# 0, 1 or 2 takes that third of a tensor that joins q, k and v. So in GPT-2's column, blocks.3.attn.k.weight
-# is h.3.attn.c_attn.weight, transposed, the second third. Vision positions are interpolated to our grid.
+# Our layers (first column) and what public layouts call them. For example, blocks.3.attn.k.weight comes from
+# GPT-2's h.3.attn.c_attn.weight: # is the block number; T transposes weights; 0, 1 and 2 take a third, as q,
+# k and v are one tensor there. ".weight" or ".bias" follows, except after position_embedding. - means none.
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
 stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
@@ -502,10 +500,10 @@ blocks.#.mlp.gate   -                      layers.#.mlp.gate_proj               
 blocks.#.mlp.down   h.#.mlp.c_proj:T       layers.#.mlp.down_proj               decoder.blocks.#.mlp.down_proj
 norm                ln_f                   norm                                 decoder.norm
 """)
-# (part of the model, one layout's names for its layers). The last layer of each is in every such file
+# (part of the model, names of its layers in one layout); a file has a layout if it has its last layer
 LAYOUTS = [('vision', names) for names in VISION_NAMES.values()]
 LAYOUTS += [('decoder', names) for names in TEXT_NAMES.values()] + [('projection', {'proj': 'MP.proj'})]
-PREFIX = r'^(transformer|vision_model|model)\.'  # in some files, before each name; stripped
+PREFIX = r'^(transformer|vision_model|model)\.'  # some files put it before each name
 # tensors we ignore: SigLIP's text half, scale, bias and pooling head, GPT-2's masks, RoPE tables
 UNUSED = r'text_model\..*|logit_\w+|head\..*|.*\.attn\.(masked_)?bias|.*inv_freq'
 
@@ -567,21 +565,21 @@ def read_json(path):
         raise UserError(f'{path} cannot be read as a JSON object ({e})') from e
 
 def read_config(name):
-    """The fields of VLMConfig that a published model determines, defaults included, as a dict."""
+    """The fields of VLMConfig that a published model determines, as a dict to merge over other settings."""
     image = dict(encoder='vit', stem='patch', image_size=224, patch_size=16)
     image |= dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
     if name in ('resnet18', 'resnet50'):
-        image |= dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))  # ImageNet's
+        image |= dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
         return image | dict(encoder=name, patch_size=32)
     path = fetch(name, 'config.json')
     config = read_json(path)
-    kind = str(config.get('model_type', 'nanovlm')).removesuffix('_vision_model')
+    kind = str(config.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # of siglip
     check(kind in SUPPORTED, f'{path}: model_type={kind} must be one of {", ".join(SUPPORTED)}')
     config |= config.get('vision_config') or {}  # SigLIP's, if its text half is there too
     config |= config.get('rope_parameters') or {}  # Llama's, in newer files
     for key, value in SUPPORTED[kind].items():
         check(config.get(key, value) == value, f'{path}: {key}={config.get(key)} must be {value}')
-    def read(names):  # what config says, under our names
+    def read(names):  # the values in config, under our names
         return {ours: config[key] for ours, key in names.items() if config.get(key) is not None}
     if kind == 'siglip':
         vision = replace(SIGLIP_B, **read(STACK_FIELDS['siglip']))
@@ -618,26 +616,27 @@ def load_weights(model, path):
     """Loads each part of the model that the file covers; leaves the others as they are."""
     tensors = {re.sub(PREFIX, '', name): x for name, x in read_safetensors(path).items()}
     heads = [tensors.pop(name) for name in ('lm_head.weight', 'decoder.head.weight') if name in tensors]
-    if heads and 'decoder.norm.weight' in tensors:  # nanoVLM: the tied embedding may be left out
+    if heads and 'decoder.norm.weight' in tensors:  # nanoVLM may store the head only
         tensors.setdefault('decoder.token_embedding.weight', heads[0])
     used = set()
     for part, names in LAYOUTS:
         if list(names.values())[-1] + '.weight' not in tensors:
             continue
         for name, parameter in getattr(model, part).named_parameters():
-            layer = re.sub(r'^transformer\.|\.(weight|bias)$', '', name)  # blocks.3.attn.k
-            number = ''.join(re.findall(r'^blocks\.(\d+)', layer))  # 3, or '' outside the blocks
-            row = re.sub(r'^blocks\.\d+', 'blocks.#', layer)  # blocks.#.attn.k
-            theirs, _, how = names.get(row, '-').replace('#', number).partition(':')  # h.3..., T1
-            theirs += name.rpartition(layer)[2]  # .weight, .bias or (position_embedding) nothing
+            # transformer.blocks.3.attn.k.weight -> 3, attn.k, .weight ('' for what is missing)
+            pattern = r'(?:transformer\.)?(?:blocks\.(\d+)\.)?(.+?)(\.weight|\.bias)?'
+            number, layer, suffix = re.fullmatch(pattern, name).groups('')
+            row = f'blocks.#.{layer}' if number else layer
+            theirs, _, how = names.get(row, '-').partition(':')  # h.#.attn.c_attn, T1
+            theirs = theirs.replace('#', number) + suffix  # h.3.attn.c_attn.weight
             check(theirs in tensors, f'{path} has no tensor for {part}.{name} ({theirs})')
             tensor = tensors[theirs]
-            if 'T' in how and name.endswith('weight'):
+            if 'T' in how and suffix == '.weight':
                 tensor = tensor.T
             if how[-1:].isdigit():
                 tensor = tensor.chunk(3)[int(how[-1])]
             if name == 'position_embedding':
-                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # some are (1,n,C)
+                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # maybe (1,n,C)
             check(tensor.shape == parameter.shape, f'{path}: {theirs} must be {list(parameter.shape)}')
             parameter.data.copy_(tensor)
             used.add(theirs)
@@ -682,13 +681,13 @@ def load_checkpoint(path, device='cpu'):
 
 # 9. Tokenizers ----------------------------------------------------------------------------------------
 END = '<|endoftext|>'
-# how text is split before BPE: 'in 24' into 'in' ' ' '2' '4' by PIECES (ours, SmolLM2's), GPT-2: 'in' ' 24'
+# how to split text before BPE: 'in 24' becomes 'in', ' ', '2', '4' by PIECES, and 'in', ' 24' by GPT2_PIECES
 PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 class Tokenizer:
-    """Byte-level BPE: text <-> ids, by tiktoken, which merges the pair whose joined token has the lowest id
-    first. tokens: {token: id}, each token a string with one character, chr(0) to chr(255), for each byte."""
+    """Byte-level BPE: text <-> ids, by tiktoken, which first joins the pair whose joined token has the lowest
+    id. tokens: {token: id}, the bytes of a token written as characters chr(0) to chr(255) (latin-1)."""
     def __init__(self, name, tokens, special, pieces=PIECES):
         self.state = dict(name=name, tokens=tokens, special=special, pieces=pieces)
         self.name = name
@@ -720,18 +719,19 @@ class Tokenizer:
         check('added_tokens' in data and {'vocab', 'merges'} <= {*model}, f'{path} is not a BPE tokenizer')
         special = {t['content']: t['id'] for t in data['added_tokens']}
         pre = data.get('pre_tokenizer') or {}
-        steps = pre.get('pretokenizers', [pre])
+        steps = pre.get('pretokenizers', [pre])  # a sequence, or a single step
         kinds = ' '.join(step.get('type', '') for step in steps)
         pieces = {'ByteLevel': GPT2_PIECES, 'Digits ByteLevel': PIECES}.get(kinds)
         check(pieces and not data.get('normalizer'), f'{path}: unsupported pre-tokenizer or normalizer')
-        supported = dict(add_prefix_space=False, use_regex=True, individual_digits=True)  # if given
+        supported = dict(add_prefix_space=False, use_regex=True, individual_digits=True)  # if present
         for step in steps:
             for key, value in supported.items():
                 check(step.get(key, value) == value, f'{path}: unsupported pre-tokenizer ({key})')
-        # merges ('a b' or ['a', 'b']) come in order; tiktoken goes by the ids of 'ab': they must ascend
-        ids = [model['vocab'].get(''.join(merge).replace(' ', ''), -1) for merge in model['merges']]
+        # tiktoken joins in the order of ids, so ids must rise in the order of the merges
+        joined = [''.join(merge).replace(' ', '') for merge in model['merges']]  # of 'a b' or ['a', 'b']
+        ids = [model['vocab'].get(token, -1) for token in joined]
         check(END in special and ids == sorted(ids), f'{path}: no {END}, or ids not in merge order')
-        # in the file, chr(256), chr(257), ... stand for the bytes that are not printable
+        # GPT-2's alphabet has chr(256), chr(257), ... for the bytes that are not printable
         unprintable = [*range(33), *range(127, 161), 173]
         alphabet = {256 + n: byte for n, byte in enumerate(unprintable)}
         tokens = {t.translate(alphabet): i for t, i in model['vocab'].items() if t not in special}
@@ -743,7 +743,7 @@ def learn_bpe(texts, n_tokens):
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?=\d)|\s+(?!\S)|\s+"
     pieces = Counter(piece for text in texts for piece in re.findall(pattern, text))
     counts = list(pieces.values())  # how often each piece occurs in the texts
-    # the tokens of each piece in brackets, at first one for each byte: ‹c›‹a›‹t›
+    # each piece with its tokens in brackets, at first one for each byte: ‹c›‹a›‹t›
     words = [''.join(f'‹{chr(b)}›' for b in piece.encode('utf-8', 'replace')) for piece in pieces]
     pairs = Counter()  # (left, right) -> how often they are neighbors in the texts
     def add_pairs(word, n):
@@ -770,7 +770,7 @@ def learn_bpe(texts, n_tokens):
 def open_image(path, size):
     """An image file as 8-bit RGB, upright. A JPEG may be decoded smaller, but never below size."""
     try:
-        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # warns if huge
+        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # warns about huge ones
             image.draft('RGB', (size, size))
             return to_rgb(image)
     except Exception as e:  # broken files make Pillow raise almost anything
@@ -799,17 +799,17 @@ def encode_prompt(tokenizer, cfg, prompt):
     if not prompt:
         return [tokenizer.end]
     ids = tokenizer.encode(cfg.prompt_template.replace('{}', prompt))
-    return ids[-((cfg.block_size - cfg.n_visual) // 2) :]  # leaves half of the text to the answer
+    return ids[-((cfg.block_size - cfg.n_visual) // 2) :]  # at most half of the text; keeps the end
 
 def encode_answer(tokenizer, cfg, answer):
     return tokenizer.encode(cfg.answer_prefix + answer.strip()) + [tokenizer.end]
 
 def collate(items, cfg, tokenizer, transform):
-    """[(image, [(prompt, answer), ...]), ...] -> images (B,3,P,P) and, each (B,T), ids, targets, positions.
-    All texts of an image share a row, cut off at block_size. positions is None if no image has several.
-        ids         p1    p2   a    p1   b     the texts  p1 p2 a END  and  p1 b END
-        targets    -100   a   END   b   END    the next token of the text; -100: not scored
-        positions    0    1    2    0    1     the place in the text"""
+    """[(image, [(prompt, answer), ...]), ...] -> images (B,3,P,P); ids, targets and positions (B,T).
+    A row holds all texts of an image, cut off at block_size. positions is None if no row has several.
+        ids        what  color  red  shape  star    the texts 'what color red' and 'shape star'
+        targets    -100  red    END  star   END     the next token of the text; -100: not scored
+        positions  0     1      2    0      1       count from 0 in each text"""
     rows = []
     for _, texts in items:
         row = []  # (id, target, position) of each token
@@ -821,7 +821,7 @@ def collate(items, cfg, tokenizer, transform):
             row += zip(ids, targets, range(len(ids)))
         rows.append(row[: cfg.block_size - cfg.n_visual])
     longest = max(map(len, rows))
-    rows = [row + [(0, -100, 0)] * (longest - len(row)) for row in rows]  # pads: texts of their own
+    rows = [row + [(0, -100, 0)] * (longest - len(row)) for row in rows]  # a pad is its own text
     ids, targets, positions = torch.tensor(rows).unbind(-1)  # (B,T,3) -> three times (B,T)
     packed = any(len(texts) > 1 for _, texts in items)
     images = torch.stack([transform(image) for image, _ in items])
@@ -830,7 +830,7 @@ def collate(items, cfg, tokenizer, transform):
 # 11. Command line -------------------------------------------------------------------------------------
 def override(settings, argv=None):
     """Overrides settings, the globals() of a script, by --name=value, --name value or a bare --flag.
-    A setting is a line such as `seed = 1337  # comment`: its default sets the type; --help shows both."""
+    A setting is a line such as `seed = 1337  # comment`: its default sets the type; --help lists them."""
     def true_or_false(text):
         return bool(json.loads(text.lower()))
     with open(settings['__file__'], encoding='utf-8') as f:
