@@ -45,7 +45,7 @@ dropout = -1.0                   # from 0 to below 1; -1 = the preset's
 optimizer = 'muon'               # 'muon' (for hidden matrices; AdamW for the rest) or 'adamw'
 learning_rate = 1.2e-3           # peak, AdamW
 muon_lr = 0.012                  # peak, Muon
-max_iters = 1500                 # optimizer steps
+max_iters = 1600                 # optimizer steps
 weight_decay = 0.4               # on the model's inner matrices only, not on embeddings
 grad_clip = 1.0                  # maximum gradient norm; 0 = no clipping
 freeze = ''                      # parts to freeze, e.g. vision,decoder

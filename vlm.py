@@ -155,7 +155,7 @@ def attend(q, k, v, mask=None):
 
 def avoid_fused_attention(q):  # SDPA trains slowly in bf16 on CPUs and has bugs on MPS
     slow_on_cpu = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad
-    return slow_on_cpu or (q.is_mps and torch.__version__ < (2, 13))  # TorchVersion, not str
+    return slow_on_cpu or (q.is_mps and torch.__version__ < (2, 13))  # TorchVersion compares with tuples
 
 class KVCache:  # the keys (after RoPE) and values (B,G,S,D) that one layer has computed so far
     k = v = None  # none yet
@@ -297,7 +297,7 @@ class MultimodalProjection(nn.Module):
         else:  # one linear map; as in nanoVLM, pixel_shuffle has no bias
             self.proj = nn.Linear(n_in, n_out, bias=self.kind != 'pixel_shuffle')
         if self.kind == 'perceiver':  # as in Flamingo (arXiv 2204.14198), but latents aren't keys
-            self.norm = make_norm(cfg.text)  # for the features: a Block only normalizes its queries
+            self.norm = make_norm(cfg.text)  # for the features: a Block does not normalize its context
             self.latents = nn.Parameter(0.02 * torch.randn(cfg.n_latents, n_out))
             self.resampler = Transformer(replace(cfg.text, n_layer=2))  # not causal; gets no rope
     def forward(self, x):
@@ -320,7 +320,7 @@ class LanguageDecoder(nn.Module):
         self.embedding = nn.Embedding(cfg.vocab_size, C)  # its weight is also the output head: tied
         self.input_norm = nn.LayerNorm(C, elementwise_affine=False) if cfg.input_norm else nn.Identity()
         if cfg.text.position == 'learned':
-            std = 0.5 if cfg.input_norm else 0.02  # large enough beside inputs of std 1
+            std = 0.5 if cfg.input_norm else 0.02  # comparable to inputs of std 1
             self.position_embedding = nn.Parameter(std * torch.randn(cfg.block_size, C))
         self.transformer = Transformer(cfg.text, causal=True)
     def head(self, h):
@@ -362,8 +362,8 @@ class MinimalVLM(nn.Module):
             for block in stack.blocks:
                 for layer in (block.attn.out, block.mlp.down):  # these add to the residual stream
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
-        # q and k start equal in self-attention: W^T W is about 0.5 I, so q.k measures similarity, and small
-        # models learn to ground words in the image sooner (arXiv 2305.09828; 0.7 was tuned on drawn scenes)
+        # q and k start equal in self-attention: W^T W is about 0.7^2 I, so q.k (over all heads) measures
+        # similarity, and small models learn to ground words in the image sooner (arXiv 2305.09828)
         for attn in [*self.vision.modules(), *self.decoder.modules()]:
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
                 nn.init.normal_(attn.k.weight, std=0.7 / math.sqrt(attn.k.in_features))
@@ -401,7 +401,7 @@ class MinimalVLM(nn.Module):
     @torch.inference_mode()
     def stream(self, images, ids, max_new_tokens=50, temperature=1.0, top_p=1.0, top_k=0, stop=-1):
         """Yields the next tokens (B,1), until all rows are done. ids (B,T): prompts, all of one length;
-        images as for embed. Call eval() first. A row that has produced stop keeps repeating it."""
+        images as for embed. Call eval() first. A row that has produced stop (-1: never) repeats it."""
         x = self.embed(images, ids)
         caches = [KVCache() for _ in self.decoder.transformer.blocks]
         pos = torch.arange(x.size(1), device=x.device)[None]
@@ -455,7 +455,7 @@ def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
         return logits.argmax(dim=-1, keepdim=True)
     logits, ids = logits.float().sort(dim=-1, descending=True)
     logits = logits[..., : top_k or None]  # [: None] keeps all
-    logits = (logits - logits[..., :1]) / max(temperature, 1e-30)  # all <= 0, so none overflows
+    logits = (logits - logits[..., :1]) / max(temperature, 1e-30)  # all <= 0: no overflow
     probs = F.softmax(logits, dim=-1)
     if p < 1:
         before = probs.cumsum(dim=-1) - probs  # total probability of the likelier tokens
@@ -500,7 +500,7 @@ blocks.#.mlp.gate   -                      layers.#.mlp.gate_proj               
 blocks.#.mlp.down   h.#.mlp.c_proj:T       layers.#.mlp.down_proj               decoder.blocks.#.mlp.down_proj
 norm                ln_f                   norm                                 decoder.norm
 """)
-# (part of the model, names of its layers in one layout); a file has a layout if it has its last layer
+# (part of the model, its names in one layout); a file uses a layout if it contains that layout's last name
 LAYOUTS = [('vision', names) for names in VISION_NAMES.values()]
 LAYOUTS += [('decoder', names) for names in TEXT_NAMES.values()] + [('projection', {'proj': 'MP.proj'})]
 PREFIX = r'^(transformer|vision_model|model)\.'  # some files put it before each name
@@ -565,7 +565,7 @@ def read_json(path):
         raise UserError(f'{path} cannot be read as a JSON object ({e})') from e
 
 def read_config(name):
-    """The fields of VLMConfig that a published model determines, as a dict to merge over other settings."""
+    """What a published model fixes in VLMConfig, as a dict. With defaults: it is merged over a preset."""
     image = dict(encoder='vit', stem='patch', image_size=224, patch_size=16)
     image |= dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
     if name in ('resnet18', 'resnet50'):
@@ -573,7 +573,7 @@ def read_config(name):
         return image | dict(encoder=name, patch_size=32)
     path = fetch(name, 'config.json')
     config = read_json(path)
-    kind = str(config.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # of siglip
+    kind = str(config.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # SigLIP without text
     check(kind in SUPPORTED, f'{path}: model_type={kind} must be one of {", ".join(SUPPORTED)}')
     config |= config.get('vision_config') or {}  # SigLIP's, if its text half is there too
     config |= config.get('rope_parameters') or {}  # Llama's, in newer files
@@ -616,17 +616,17 @@ def load_weights(model, path):
     """Loads each part of the model that the file covers; leaves the others as they are."""
     tensors = {re.sub(PREFIX, '', name): x for name, x in read_safetensors(path).items()}
     heads = [tensors.pop(name) for name in ('lm_head.weight', 'decoder.head.weight') if name in tensors]
-    if heads and 'decoder.norm.weight' in tensors:  # nanoVLM may store the head only
+    if heads and 'decoder.norm.weight' in tensors:  # nanoVLM may store only the head
         tensors.setdefault('decoder.token_embedding.weight', heads[0])
     used = set()
     for part, names in LAYOUTS:
         if list(names.values())[-1] + '.weight' not in tensors:
             continue
         for name, parameter in getattr(model, part).named_parameters():
-            # transformer.blocks.3.attn.k.weight -> 3, attn.k, .weight ('' for what is missing)
-            pattern = r'(?:transformer\.)?(?:blocks\.(\d+)\.)?(.+?)(\.weight|\.bias)?'
-            number, layer, suffix = re.fullmatch(pattern, name).groups('')
-            row = f'blocks.#.{layer}' if number else layer
+            # transformer.blocks.3.attn.k.weight -> number 3, row blocks.#.attn.k, suffix .weight
+            number = ''.join(re.findall(r'blocks\.(\d+)', name))  # '' outside the blocks
+            row = name.removeprefix('transformer.').replace(f'blocks.{number}.', 'blocks.#.')
+            row, suffix = re.fullmatch(r'(.+?)(\.weight|\.bias)?', row).groups('')
             theirs, _, how = names.get(row, '-').partition(':')  # h.#.attn.c_attn, T1
             theirs = theirs.replace('#', number) + suffix  # h.3.attn.c_attn.weight
             check(theirs in tensors, f'{path} has no tensor for {part}.{name} ({theirs})')
@@ -636,7 +636,7 @@ def load_weights(model, path):
             if how[-1:].isdigit():
                 tensor = tensor.chunk(3)[int(how[-1])]
             if name == 'position_embedding':
-                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # maybe (1,n,C)
+                tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # some have (1,n,C)
             check(tensor.shape == parameter.shape, f'{path}: {theirs} must be {list(parameter.shape)}')
             parameter.data.copy_(tensor)
             used.add(theirs)
@@ -728,7 +728,7 @@ class Tokenizer:
             for key, value in supported.items():
                 check(step.get(key, value) == value, f'{path}: unsupported pre-tokenizer ({key})')
         # tiktoken joins in the order of ids, so ids must rise in the order of the merges
-        joined = [''.join(merge).replace(' ', '') for merge in model['merges']]  # of 'a b' or ['a', 'b']
+        joined = [m.replace(' ', '') if isinstance(m, str) else ''.join(m) for m in model['merges']]
         ids = [model['vocab'].get(token, -1) for token in joined]
         check(END in special and ids == sorted(ids), f'{path}: no {END}, or ids not in merge order')
         # GPT-2's alphabet has chr(256), chr(257), ... for the bytes that are not printable
@@ -757,7 +757,7 @@ def learn_bpe(texts, n_tokens):
         (left, right), most = pairs.most_common(1)[0]
         if most < 2:
             break
-        tokens[left + right] = len(tokens)
+        tokens[left + right] = len(tokens)  # always new: the same bytes are always joined alike
         apart, joined = f'‹{left}›‹{right}›', f'‹{left}{right}›'
         for i, word in enumerate(words):
             if apart in word:
@@ -770,7 +770,7 @@ def learn_bpe(texts, n_tokens):
 def open_image(path, size):
     """An image file as 8-bit RGB, upright. A JPEG may be decoded smaller, but never below size."""
     try:
-        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # warns about huge ones
+        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # warns if it is huge
             image.draft('RGB', (size, size))
             return to_rgb(image)
     except Exception as e:  # broken files make Pillow raise almost anything
@@ -781,7 +781,7 @@ def to_rgb(image):
     image.load()  # decode now: the suppress() below would hide a broken file
     with contextlib.suppress(Exception):  # ignore broken EXIF data
         image = ImageOps.exif_transpose(image)
-    if image.mode[0] in 'IF':  # more than 8 bits: assume the smallest range that fits
+    if image.mode[0] in 'IF':  # floats in 0..1, 8 or 16 bits: the smallest range that fits
         image = image.convert('F')
         high = image.getextrema()[1]
         white = min((level for level in (1, 255, 65535) if level >= high), default=high)
@@ -821,7 +821,7 @@ def collate(items, cfg, tokenizer, transform):
             row += zip(ids, targets, range(len(ids)))
         rows.append(row[: cfg.block_size - cfg.n_visual])
     longest = max(map(len, rows))
-    rows = [row + [(0, -100, 0)] * (longest - len(row)) for row in rows]  # a pad is its own text
+    rows = [row + [(0, -100, 0)] * (longest - len(row)) for row in rows]  # position 0 starts a text
     ids, targets, positions = torch.tensor(rows).unbind(-1)  # (B,T,3) -> three times (B,T)
     packed = any(len(texts) > 1 for _, texts in items)
     images = torch.stack([transform(image) for image, _ in items])
