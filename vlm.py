@@ -80,7 +80,7 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     n_latents: int = 32          # 'perceiver': the number of visual tokens
     input_norm: bool = False     # normalize what enters the decoder: see LanguageDecoder
     vocab_size: int = 50257
-    block_size: int = 1024       # maximum sequence length: visual tokens and text
+    block_size: int = 1024       # maximum sequence length: visual tokens and at least 16 of text
     tokenizer: str = 'bpe'       # see Tokenizer.make
     prompt_template: str = ' {}' # what the decoder reads; {} is replaced by the prompt
     answer_prefix: str = ' '     # starts the answer; to BPE, 'red' and ' red' are different tokens
@@ -195,7 +195,7 @@ class Attention(nn.Module):
         if self.group_size > 1:  # (B,G,S,D) -> (B,H,S,D)
             k = k.repeat_interleave(self.group_size, dim=1)
             v = v.repeat_interleave(self.group_size, dim=1)
-        # one new token needs no mask, as all keys precede it; a mask that was passed is already causal
+        # one new token needs no causal mask, as all keys precede it; a given mask is already causal
         is_causal = x.size(1) > 1 and mask is None and self.causal
         if self.keep_map or avoid_fused_attention(q):
             if is_causal:  # then the cache was empty (see the assert), so L = S
@@ -231,7 +231,7 @@ class Block(nn.Module):  # pre-norm residual block
         self.dropout = nn.Dropout(cfg.dropout)
     def forward(self, x, context=None, mask=None, rope=None, cache=None):
         x = x + self.dropout(self.attn(self.norm1(x), context, mask, rope, cache))  # mixes tokens
-        return x + self.dropout(self.mlp(self.norm2(x)))  # on each token separately
+        return x + self.dropout(self.mlp(self.norm2(x)))  # transforms each token
 
 class Transformer(nn.Module):  # blocks and a final norm
     def __init__(self, cfg, causal=False):
@@ -296,7 +296,7 @@ class MultimodalProjection(nn.Module):
             self.proj = nn.Sequential(nn.Linear(n_in, n_hidden), nn.GELU(), nn.Linear(n_hidden, n_out))
         else:  # one linear map; as in nanoVLM, pixel_shuffle has no bias
             self.proj = nn.Linear(n_in, n_out, bias=self.kind != 'pixel_shuffle')
-        if self.kind == 'perceiver':  # as in Flamingo (arXiv 2204.14198), but latents aren't keys
+        if self.kind == 'perceiver':  # Flamingo's (arXiv 2204.14198), but only features are keys
             self.norm = make_norm(cfg.text)  # for the features: a Block does not normalize its context
             self.latents = nn.Parameter(0.02 * torch.randn(cfg.n_latents, n_out))
             self.resampler = Transformer(replace(cfg.text, n_layer=2))  # not causal; gets no rope
@@ -320,7 +320,7 @@ class LanguageDecoder(nn.Module):
         self.embedding = nn.Embedding(cfg.vocab_size, C)  # its weight is also the output head: tied
         self.input_norm = nn.LayerNorm(C, elementwise_affine=False) if cfg.input_norm else nn.Identity()
         if cfg.text.position == 'learned':
-            std = 0.5 if cfg.input_norm else 0.02  # comparable to inputs of std 1
+            std = 0.5 if cfg.input_norm else 0.02  # 0.5: comparable to normalized inputs
             self.position_embedding = nn.Parameter(std * torch.randn(cfg.block_size, C))
         self.transformer = Transformer(cfg.text, causal=True)
     def head(self, h):
@@ -362,8 +362,8 @@ class MinimalVLM(nn.Module):
             for block in stack.blocks:
                 for layer in (block.attn.out, block.mlp.down):  # these add to the residual stream
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
-        # q and k start equal in self-attention: W^T W is about 0.7^2 I, so q.k (over all heads) measures
-        # similarity, and small models learn to ground words in the image sooner (arXiv 2305.09828)
+        # q and k start equal in self-attention. As W^T W is about 0.49 I, q.k summed over the heads is about
+        # 0.49 x.y, a similarity: small models learn to ground words in the image sooner (arXiv 2305.09828)
         for attn in [*self.vision.modules(), *self.decoder.modules()]:
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
                 nn.init.normal_(attn.k.weight, std=0.7 / math.sqrt(attn.k.in_features))
@@ -464,7 +464,7 @@ def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
 
 # 8. Public weights and checkpoints --------------------------------------------------------------------
 def read_table(text):
-    """The columns after the first, as dicts: VISION_NAMES['SigLIP']['norm'] is 'post_layernorm'."""
+    """Each column but the first, by its header, as a dict: VISION_NAMES['SigLIP']['norm'], for example."""
     ours, *columns = zip(*[line.split() for line in text.strip().splitlines()])  # rows to columns
     return {column[0]: dict(zip(ours[1:], column[1:])) for column in columns}
 
@@ -565,7 +565,7 @@ def read_json(path):
         raise UserError(f'{path} cannot be read as a JSON object ({e})') from e
 
 def read_config(name):
-    """What a published model fixes in VLMConfig, as a dict. With defaults: it is merged over a preset."""
+    """The fields of VLMConfig that a published model sets, with defaults, so none is left to a preset."""
     image = dict(encoder='vit', stem='patch', image_size=224, patch_size=16)
     image |= dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
     if name in ('resnet18', 'resnet50'):
@@ -616,7 +616,7 @@ def load_weights(model, path):
     """Loads each part of the model that the file covers; leaves the others as they are."""
     tensors = {re.sub(PREFIX, '', name): x for name, x in read_safetensors(path).items()}
     heads = [tensors.pop(name) for name in ('lm_head.weight', 'decoder.head.weight') if name in tensors]
-    if heads and 'decoder.norm.weight' in tensors:  # nanoVLM may store only the head
+    if heads and 'decoder.norm.weight' in tensors:  # nanoVLM may store only the head of the two
         tensors.setdefault('decoder.token_embedding.weight', heads[0])
     used = set()
     for part, names in LAYOUTS:
@@ -626,7 +626,7 @@ def load_weights(model, path):
             # transformer.blocks.3.attn.k.weight -> number 3, row blocks.#.attn.k, suffix .weight
             number = ''.join(re.findall(r'blocks\.(\d+)', name))  # '' outside the blocks
             row = name.removeprefix('transformer.').replace(f'blocks.{number}.', 'blocks.#.')
-            row, suffix = re.fullmatch(r'(.+?)(\.weight|\.bias)?', row).groups('')
+            row, suffix = os.path.splitext(row)  # position_embedding has no suffix
             theirs, _, how = names.get(row, '-').partition(':')  # h.#.attn.c_attn, T1
             theirs = theirs.replace('#', number) + suffix  # h.3.attn.c_attn.weight
             check(theirs in tensors, f'{path} has no tensor for {part}.{name} ({theirs})')
@@ -731,7 +731,7 @@ class Tokenizer:
         joined = [m.replace(' ', '') if isinstance(m, str) else ''.join(m) for m in model['merges']]
         ids = [model['vocab'].get(token, -1) for token in joined]
         check(END in special and ids == sorted(ids), f'{path}: no {END}, or ids not in merge order')
-        # GPT-2's alphabet has chr(256), chr(257), ... for the bytes that are not printable
+        # GPT-2 writes unprintable bytes as chr(256), chr(257), ...; the others stand for themselves
         unprintable = [*range(33), *range(127, 161), 173]
         alphabet = {256 + n: byte for n, byte in enumerate(unprintable)}
         tokens = {t.translate(alphabet): i for t, i in model['vocab'].items() if t not in special}
@@ -757,7 +757,7 @@ def learn_bpe(texts, n_tokens):
         (left, right), most = pairs.most_common(1)[0]
         if most < 2:
             break
-        tokens[left + right] = len(tokens)  # always new: the same bytes are always joined alike
+        tokens[left + right] = len(tokens)  # always a new key: equal bytes merge in the same order
         apart, joined = f'‹{left}›‹{right}›', f'‹{left}{right}›'
         for i, word in enumerate(words):
             if apart in word:
@@ -781,10 +781,10 @@ def to_rgb(image):
     image.load()  # decode now: the suppress() below would hide a broken file
     with contextlib.suppress(Exception):  # ignore broken EXIF data
         image = ImageOps.exif_transpose(image)
-    if image.mode[0] in 'IF':  # floats in 0..1, 8 or 16 bits: the smallest range that fits
+    if image.mode[0] in 'IF':  # more than 8 bits (I, I;16) or floats (F)
         image = image.convert('F')
         high = image.getextrema()[1]
-        white = min((level for level in (1, 255, 65535) if level >= high), default=high)
+        white = next((w for w in (1, 255, 65535) if w >= high), high)  # the smallest range that fits
         image = image.point(lambda v: v * (255 / white)).convert('L')
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
@@ -799,7 +799,7 @@ def encode_prompt(tokenizer, cfg, prompt):
     if not prompt:
         return [tokenizer.end]
     ids = tokenizer.encode(cfg.prompt_template.replace('{}', prompt))
-    return ids[-((cfg.block_size - cfg.n_visual) // 2) :]  # at most half of the text; keeps the end
+    return ids[-((cfg.block_size - cfg.n_visual) // 2) :]  # half of the text tokens; keeps the end
 
 def encode_answer(tokenizer, cfg, answer):
     return tokenizer.encode(cfg.answer_prefix + answer.strip()) + [tokenizer.end]
@@ -821,7 +821,7 @@ def collate(items, cfg, tokenizer, transform):
             row += zip(ids, targets, range(len(ids)))
         rows.append(row[: cfg.block_size - cfg.n_visual])
     longest = max(map(len, rows))
-    rows = [row + [(0, -100, 0)] * (longest - len(row)) for row in rows]  # position 0 starts a text
+    rows = [row + [(0, -100, 0)] * (longest - len(row)) for row in rows]  # a pad is a text of its own
     ids, targets, positions = torch.tensor(rows).unbind(-1)  # (B,T,3) -> three times (B,T)
     packed = any(len(texts) > 1 for _, texts in items)
     images = torch.stack([transform(image) for image, _ in items])
