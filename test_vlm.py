@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import urllib.error
@@ -106,6 +107,24 @@ def test_the_code_is_not_packed(name):
     assert found[ast.IfExp] <= 0.03 * len(lines)
     assert found[ast.Lambda] <= 0.005 * len(lines)
     assert found[ast.NamedExpr] <= 0.003 * len(lines)
+
+def test_the_example_at_the_top_of_vlm_answers_as_without_a_cache(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir('out')
+    model = build(CFG)
+    save_checkpoint('out/ckpt.pt', model, BYTES)
+    PICTURE.save('cat.jpg')
+    example = re.search(r'^    model, tokenizer.*?\n\n', vlm.__doc__, re.M | re.S)
+
+    exec(textwrap.dedent(example.group()), dict(vars(vlm)))
+
+    image = image_transform(CFG)(open_image('cat.jpg', CFG.image_size))
+    ids = [*b' what color is the cat?']
+    said = []
+    while len(ids) < CFG.block_size - CFG.n_visual and said[-1:] != [BYTES.end]:
+        said.append(model(image[None], torch.tensor([ids]))[0][0, -1].argmax().item())
+        ids.append(said[-1])
+    assert capsys.readouterr().out == bytes(i for i in said if i != BYTES.end).decode('utf-8', 'replace') + '\n'
 
 # vlm.py, 1. config ------------------------------------------------------------------------------------
 def test_presets_have_the_published_numbers_of_parameters():
