@@ -6,7 +6,7 @@ Trains the model in vlm.py on a CPU, a GPU or an Apple chip, or on several GPUs 
     python train.py --batch_size=32 --out_dir=out-32   every setting below can be changed like this
     python train.py --preset=small --dataset=photos/captions.csv --out_dir=out-photos     your own photos
 """
-import atexit, datetime, math, os, random, re, shlex, shutil, signal, sys, textwrap, time
+import atexit, contextlib, datetime, math, os, random, re, shlex, shutil, signal, sys, textwrap, time
 from collections import Counter, defaultdict
 from dataclasses import replace
 # oneDNN caches a kernel for every shape it meets; with its default limit the cache costs gigabytes
@@ -159,8 +159,7 @@ def load(batches, numbers, device):
         raise UserError(str(e).split('UserError: ')[-1].strip()) from e
 
 def report_cut_texts(groups, cfg, tokenizer):
-    """Reports how many texts, (prompt, answer), are too long for block_size or, if none is, how many images
-    have texts that do not fit together. groups: for each image, the list of its texts."""
+    """Reports how many texts are too long for block_size, or else how many images have too many texts."""
     room = cfg.block_size - cfg.n_visual
     endless = replace(cfg, block_size=10**9)  # in which no prompt is cut
     cut = needed = crowded = needed_together = 0  # needed: tokens after the image
@@ -371,7 +370,6 @@ def main(argv=None):
     for name in least:
         check(settings[name] >= least[name], f'{name}={settings[name]} must be at least {least[name]}')
     check(not eval_only or init_from == 'resume', 'eval_only needs init_from=resume')
-    check(not augment or dataset != 'shapes', 'augment would make the texts of shapes wrong')
     folder = os.path.expanduser(out_dir)
     path = f'{folder}/ckpt.pt'
 
@@ -390,6 +388,7 @@ def main(argv=None):
             check(settings[name] == kept[name], f'{name}={settings[name]} cannot change when resuming')
     elif os.path.exists(path):
         check(overwrite, f'{path} exists: --init_from=resume continues, --overwrite replaces it')
+    check(not augment or dataset != 'shapes', 'augment would make the texts of shapes wrong')
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as e:
@@ -449,8 +448,9 @@ def main(argv=None):
     stopped = []
     def stop(number, frame):
         stopped.append(number)
-        os.write(2, b'stopping after this step\n')  # print could fail in a signal handler
         signal.signal(number, signal.SIG_DFL)  # a second one kills the process at once
+        with contextlib.suppress(OSError):  # Ctrl-C also ends the tee in `2>&1 | tee log.txt`
+            os.write(2, b'stopping after this step\n')  # print could fail in a signal handler
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     size = sum(p.numel() for p in model.parameters()) / 1e6
