@@ -296,7 +296,7 @@ class MultimodalProjection(nn.Module):
             self.proj = nn.Sequential(nn.Linear(n_in, n_hidden), nn.GELU(), nn.Linear(n_hidden, n_out))
         else:  # one linear map; as in nanoVLM, pixel_shuffle has no bias
             self.proj = nn.Linear(n_in, n_out, bias=self.kind != 'pixel_shuffle')
-        if self.kind == 'perceiver':  # Flamingo's (2204.14198), but only features are keys
+        if self.kind == 'perceiver':  # Flamingo's (2204.14198), but latents only see features
             self.norm = make_norm(cfg.text)  # for the features: a Block does not normalize its context
             self.latents = nn.Parameter(0.02 * torch.randn(cfg.n_latents, n_out))
             self.resampler = Transformer(replace(cfg.text, n_layer=2))  # not causal; gets no rope
@@ -320,7 +320,7 @@ class LanguageDecoder(nn.Module):
         self.embedding = nn.Embedding(cfg.vocab_size, C)  # its weight is also the output head: tied
         self.input_norm = nn.LayerNorm(C, elementwise_affine=False) if cfg.input_norm else nn.Identity()
         if cfg.text.position == 'learned':
-            std = 0.5 if cfg.input_norm else 0.02  # 0.5: comparable to normalized inputs
+            std = 0.5 if cfg.input_norm else 0.02  # 0.5: of the order of normalized inputs
             self.position_embedding = nn.Parameter(std * torch.randn(cfg.block_size, C))
         self.transformer = Transformer(cfg.text, causal=True)
     def head(self, h):
@@ -362,8 +362,8 @@ class MinimalVLM(nn.Module):
             for block in stack.blocks:
                 for layer in (block.attn.out, block.mlp.down):  # these add to the residual stream
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
-        # q and k start equal in self-attention. As W^T W is about 0.49 I, q.k summed over the heads is about
-        # 0.49 x.y, a similarity: small models learn to ground words in the image sooner (arXiv 2305.09828)
+        # self-attention: q and k share their initial W; with std 0.7/sqrt(C), (Wx).(Wy) is about 0.7^2 x.y,
+        # a similarity: small models learn to ground words in the image sooner (arXiv 2305.09828)
         for attn in [*self.vision.modules(), *self.decoder.modules()]:
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
                 nn.init.normal_(attn.k.weight, std=0.7 / math.sqrt(attn.k.in_features))
@@ -421,7 +421,7 @@ class MinimalVLM(nn.Module):
 
     @torch.inference_mode()
     def score(self, image, prompt, choices):
-        """Log-probability (n,) of each of n choices, ids ending in END. image (3,P,P), prompt (T,)"""
+        """Log-probability (n,) of each of n choices (ids that end in END). image (3,P,P), prompt (T,)"""
         answers = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-100)  # (n,A)
         ids = torch.cat([prompt.expand(len(choices), -1), answers.clamp(min=0)], dim=1)  # (n,T+A)
         logits, _ = self(image[None], ids[:, :-1])  # (n,T+A-1,V): each predicts the next token
@@ -464,13 +464,13 @@ def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
 
 # 8. Public weights and checkpoints --------------------------------------------------------------------
 def read_table(text):
-    """Each column but the first, by its header, as a dict: VISION_NAMES['SigLIP']['norm'], for example."""
+    """A dict for each column but the first, keyed by its header: VISION_NAMES['SigLIP']['norm'] and so on."""
     ours, *columns = zip(*[line.split() for line in text.strip().splitlines()])  # rows to columns
     return {column[0]: dict(zip(ours[1:], column[1:])) for column in columns}
 
-# Our layers (first column) and what public layouts call them. For example, blocks.3.attn.k.weight comes from
-# GPT-2's h.3.attn.c_attn.weight: # is the block number; T transposes weights; 0, 1 and 2 take a third, as q,
-# k and v are one tensor there. ".weight" or ".bias" follows, except after position_embedding. - means none.
+# Our layers (first column) and their names in public files: # is the block number, - means no such tensor.
+# After a colon, T means stored transposed; 0, 1, 2 the q, k or v third of one tensor. So blocks.3.attn.k is
+# the middle third of GPT-2's h.3.attn.c_attn, transposed. position_embedding has no .weight or .bias.
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
 stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
@@ -500,7 +500,7 @@ blocks.#.mlp.gate   -                      layers.#.mlp.gate_proj               
 blocks.#.mlp.down   h.#.mlp.c_proj:T       layers.#.mlp.down_proj               decoder.blocks.#.mlp.down_proj
 norm                ln_f                   norm                                 decoder.norm
 """)
-# (part of the model, its names in one layout); a file uses a layout if it contains that layout's last name
+# (part of the model, its names in one layout); a file has a layout if it has the last name in that column
 LAYOUTS = [('vision', names) for names in VISION_NAMES.values()]
 LAYOUTS += [('decoder', names) for names in TEXT_NAMES.values()] + [('projection', {'proj': 'MP.proj'})]
 PREFIX = r'^(transformer|vision_model|model)\.'  # some files put it before each name
@@ -565,7 +565,7 @@ def read_json(path):
         raise UserError(f'{path} cannot be read as a JSON object ({e})') from e
 
 def read_config(name):
-    """The fields of VLMConfig that a published model sets, with defaults, so none is left to a preset."""
+    """The fields of VLMConfig that a published model sets, defaults too: train.py lays them over a preset."""
     image = dict(encoder='vit', stem='patch', image_size=224, patch_size=16)
     image |= dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
     if name in ('resnet18', 'resnet50'):
@@ -633,7 +633,7 @@ def load_weights(model, path):
             tensor = tensors[theirs]
             if 'T' in how and suffix == '.weight':
                 tensor = tensor.T
-            if how[-1:].isdigit():
+            if how and how[-1] in '012':
                 tensor = tensor.chunk(3)[int(how[-1])]
             if name == 'position_embedding':
                 tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # some have (1,n,C)
@@ -686,8 +686,8 @@ PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 class Tokenizer:
-    """Byte-level BPE: text <-> ids, by tiktoken, which first joins the pair whose joined token has the lowest
-    id. tokens: {token: id}, the bytes of a token written as characters chr(0) to chr(255) (latin-1)."""
+    """Byte-level BPE: text <-> ids. tiktoken always merges the pair whose result has the lowest id.
+    tokens: {token: id}, the bytes of a token written as characters chr(0) to chr(255) (latin-1)."""
     def __init__(self, name, tokens, special, pieces=PIECES):
         self.state = dict(name=name, tokens=tokens, special=special, pieces=pieces)
         self.name = name
@@ -757,7 +757,7 @@ def learn_bpe(texts, n_tokens):
         (left, right), most = pairs.most_common(1)[0]
         if most < 2:
             break
-        tokens[left + right] = len(tokens)  # always a new key: equal bytes merge in the same order
+        tokens[left + right] = len(tokens)  # a new key: equal bytes never merge in two ways
         apart, joined = f'‹{left}›‹{right}›', f'‹{left}{right}›'
         for i, word in enumerate(words):
             if apart in word:
@@ -777,14 +777,14 @@ def open_image(path, size):
         raise UserError(f'{path} is not a readable image ({e!r})') from e
 
 def to_rgb(image):
-    """Any Pillow image as 8-bit RGB: upright per EXIF, scaled if deeper than 8 bits, composited on white."""
+    """Any Pillow image as 8-bit RGB: upright per EXIF, scaled down to 8 bits, composited on white."""
     image.load()  # decode now: the suppress() below would hide a broken file
     with contextlib.suppress(Exception):  # ignore broken EXIF data
         image = ImageOps.exif_transpose(image)
-    if image.mode[0] in 'IF':  # more than 8 bits (I, I;16) or floats (F)
+    if image.mode[0] in 'IF':  # more than 8 bits, or floats: the brightest pixel tells the range
         image = image.convert('F')
         high = image.getextrema()[1]
-        white = next((w for w in (1, 255, 65535) if w >= high), high)  # the smallest that fits
+        white = next((w for w in (1, 255, 65535) if w >= high), high)  # a common range that fits
         image = image.point(lambda v: v * (255 / white)).convert('L')
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
@@ -794,12 +794,12 @@ def image_transform(cfg):  # RGB image -> uint8 (3,P,P), squashed to a square; e
     return transforms.Compose([transforms.Resize([cfg.image_size] * 2), transforms.PILToTensor()])
 
 def encode_prompt(tokenizer, cfg, prompt):
-    """Token ids of the prompt in its template. No prompt: caption_prompt, or END if there is none."""
+    """Token ids of the prompt (if long, its end) in its template; of caption_prompt or END if it is empty."""
     prompt = prompt.strip() or cfg.caption_prompt
     if not prompt:
         return [tokenizer.end]
     ids = tokenizer.encode(cfg.prompt_template.replace('{}', prompt))
-    return ids[-((cfg.block_size - cfg.n_visual) // 2) :]  # half of the text tokens; keeps the end
+    return ids[-((cfg.block_size - cfg.n_visual) // 2) :]  # at most half of the room for text
 
 def encode_answer(tokenizer, cfg, answer):
     return tokenizer.encode(cfg.answer_prefix + answer.strip()) + [tokenizer.end]
@@ -821,7 +821,7 @@ def collate(items, cfg, tokenizer, transform):
             row += zip(ids, targets, range(len(ids)))
         rows.append(row[: cfg.block_size - cfg.n_visual])
     longest = max(map(len, rows))
-    rows = [row + [(0, -100, 0)] * (longest - len(row)) for row in rows]  # a pad is a text of its own
+    rows = [row + [(0, -100, 0)] * (longest - len(row)) for row in rows]  # each pad counts as its own text
     ids, targets, positions = torch.tensor(rows).unbind(-1)  # (B,T,3) -> three times (B,T)
     packed = any(len(texts) > 1 for _, texts in items)
     images = torch.stack([transform(image) for image, _ in items])
