@@ -88,7 +88,7 @@ def assert_one_line(error):
 
 # the files --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('name, limit', [
-    ('vlm.py', 850), ('data.py', 455), ('train.py', 560), ('sample.py', 180), ('test_vlm.py', 5200),
+    ('vlm.py', 850), ('data.py', 455), ('train.py', 560), ('sample.py', 180), ('test_vlm.py', 5260),
     ('README.md', 250)])
 def test_the_files_keep_to_their_length_and_width(name, limit):
     lines = (HERE / name).read_text(encoding='utf-8').splitlines()
@@ -1139,6 +1139,15 @@ def test_positions_are_interpolated_for_another_image_size(tmp_path):
     expected = theirs(pixels, interpolate_pos_encoding=True).last_hidden_state
     assert_close(model.vision(pixels), expected, 5e-6)
 
+def test_blocks_with_numbers_of_two_digits_are_loaded(tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES, 'num_hidden_layers', 11)
+    theirs = write_published('llama', tmp_path)
+    ids = some_input(CFG)[1]
+
+    model = MinimalVLM.from_pretrained(str(tmp_path), replace(CFG, **vlm.read_config(str(tmp_path))))
+
+    assert_close(model(None, ids)[0], theirs(ids).logits, 5e-5)
+
 @pytest.mark.parametrize('kind', ['gpt2', 'llama'])
 def test_a_published_decoder_writes_what_transformers_writes(tmp_path, kind):
     write_published('siglip', tmp_path / 'vision')
@@ -1181,11 +1190,12 @@ def test_a_resnet_has_the_features_of_torchvisions_last_feature_map(tmp_path, mo
     pixels = some_pixels(224)
 
     model = MinimalVLM.from_pretrained(f'resnet18,{tmp_path}')
+    features = model.vision(pixels)
 
     extraction = pytest.importorskip('torchvision.models.feature_extraction')
     last = extraction.create_feature_extractor(published.eval(), ['layer4'])
     expected = last(pixels)['layer4']  # (B,512,7,7)
-    assert_close(model.vision(pixels).mT.reshape(2, 512, 7, 7), expected)
+    assert_close(features.mT.reshape(2, 512, 7, 7), expected)
     assert model.cfg.image_mean == (0.485, 0.456, 0.406)
     assert model.cfg.image_std == (0.229, 0.224, 0.225)
 
@@ -4299,14 +4309,36 @@ def test_a_run_resumed_between_log_lines_logs_the_mean_of_its_own_steps(tmp_path
     [logged] = [float(row['loss']) for row in read_log(tmp_path / 'out') if row['loss']]
     assert logged == pytest.approx(sum(losses[1:]) / 2, abs=2e-5)
 
+@pytest.fixture
+def in_each_step(monkeypatch):
+    clip = torch.nn.utils.clip_grad_norm_
+    def patch(do):
+        monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', lambda *given: (do(), clip(*given))[1])
+    return patch
+
+def test_a_row_is_in_the_log_as_soon_as_its_step_is_done(tmp_path, run, in_each_step):
+    seen = []
+    in_each_step(lambda: seen.append(len(read_log(tmp_path / 'out'))))
+
+    run(*QUICK, *SMALL, '--max_iters=3')
+
+    assert seen == [0, 1, 2]
+
+def test_a_stopped_run_names_a_command_for_a_folder_with_a_space(tmp_path, run, in_each_step, capfd):
+    in_each_step(lambda: signal.raise_signal(signal.SIGTERM))
+
+    train.main([*QUICK, *SMALL, f'--out_dir={tmp_path}/my run'])
+
+    assert capfd.readouterr().out.endswith(f"--out_dir='{tmp_path}/my run'\n")
+
 def test_the_rows_of_steps_that_are_done_again_leave_the_log(tmp_path, run):
     options = [*QUICK, *SMALL, '--log_interval=1', '--eval_interval=3', '--eval_samples=0']
     run(*options, '--max_iters=3')
     shutil.copy(tmp_path / 'out' / 'ckpt.pt', tmp_path)
     run('--init_from=resume', '--max_iters=5')
     os.replace(tmp_path / 'ckpt.pt', tmp_path / 'out' / 'ckpt.pt')  # as if killed after step 5
-    with open(tmp_path / 'out/log.csv', 'a') as f:
-        f.write('5,1')  # a row cut short
+    with open(tmp_path / 'out/log.csv', 'ab') as f:
+        f.write(b'5,1\xff')  # a row cut short, and damaged
 
     run('--init_from=resume', '--max_iters=6')
 
@@ -4810,6 +4842,29 @@ def test_attention_that_cannot_be_drawn_is_refused(folder, talk, monkeypatch, pi
     assert_one_line(error)
     assert not (folder / 'look.png').exists()
 
+def test_the_ending_of_the_attention_file_may_be_in_capitals(folder, talk):
+    path = f'{folder}/LOOK.PNG'
+
+    talk(f'--out_dir={folder}', f'--image={folder}/a.png', '--max_new_tokens=4', f'--attention={path}')
+
+    assert Image.open(path).format == 'PNG'
+
+def test_a_word_of_several_tokens_shows_where_all_of_them_looked(folder, monkeypatch):
+    """Each word has four tokens, as each byte is one. Full orange on red adds 0.7 * 69 = 48 of green."""
+    monkeypatch.setattr(sample, 'contact_sheet', sheet := mock.Mock())
+    model, tok, _ = load_checkpoint(str(folder / 'ckpt.pt'))
+    pixels = image_transform(model.cfg)(open_image(f'{folder}/b.png', 64))
+
+    sample.draw_attention(model, tok, pixels, torch.tensor([256]), [*b' dog cat'], f'{folder}/b.png', '')
+
+    maps = torch.cat([block.attn.attn_map for block in model.decoder.transformer.blocks]).mean(dim=(0, 1))
+    rows = F.normalize(maps[-9:-1, :16], p=1, dim=1)
+    words = F.relu(rows - rows.mean(dim=0)).split(4)
+    tiles = [tile for tile, _ in sheet.call_args[0][0][1:]]
+    for tile, word in zip(tiles, words, strict=True):
+        green = torch.tensor([*tile.getchannel('G').resize((4, 4), Image.NEAREST).tobytes()])
+        assert_close(green / 48, word.sum(dim=0) / word.sum(dim=0).max(), 0.05)
+
 def test_the_attention_to_a_perceiver_is_not_drawn(folder, talk):
     cfg = replace(PRESETS['tiny'], vocab_size=257, projection='perceiver')
     save_checkpoint(str(folder / 'ckpt.pt'), build(cfg), Tokenizer.make('bytes'))
@@ -4907,12 +4962,17 @@ def test_a_tilde_before_a_picture_is_the_home_folder(folder, monkeypatch):
     assert data.find_pictures('~/a.png, ~/b.png') == [f'{folder}/a.png', f'{folder}/b.png']
 
 def test_the_speed_is_that_of_the_tokens_after_the_first(folder, talk, monkeypatch):
-    """By a clock that goes on by half a second each time it is read."""
-    monkeypatch.setattr('time.time', itertools.count(0, 0.5).__next__)
+    """By a clock that goes on by 50 ms each time it is read."""
+    monkeypatch.setattr('time.time', itertools.count(0, 0.05).__next__)
 
     _, printed, _ = talk(f'--out_dir={folder}', f'--image={folder}/a.png', '--max_new_tokens=6')
 
-    assert printed.endswith('[first token after 500 ms, then 2 tokens/s]\n')
+    assert printed.endswith('[first token after 50 ms, then 20 tokens/s]\n')
+
+def test_the_colon_of_a_prompt_is_printed(folder, talk):
+    _, printed, _ = talk(f'--out_dir={folder}', f'--image={folder}/a.png', '--prompt=color:', '--choices=a,b')
+
+    assert printed.startswith(f'{folder}/a.png: color:\n')
 
 def test_nothing_is_said_but_the_choices_where_choices_are_ranked(folder, talk):
     _, printed, _ = talk(f'--out_dir={folder}', f'--image={folder}/b.png', '--choices=yes,no',
