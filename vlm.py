@@ -17,7 +17,7 @@ A minimal vision-language model: an image and a question go in, words come out.
 
 Sections 1 to 7 are the model. 8 to 11 (files, tokenizers, images, command line) can be skipped at first.
 Shapes: B batch, P pixels per side, N visual and T text tokens, S = N + T, C channels, V vocabulary.
-In attention: L queries, S keys, H heads, G key/value heads, D channels each
+In attention: L queries, S keys (with a cache, old and new), H heads, G key/value heads, D channels each
 """
 import argparse, codecs, contextlib, difflib, json, math, mmap, os, re, sys, urllib.request, warnings
 from collections import Counter
@@ -72,7 +72,7 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     stem: Literal['patch', 'conv'] = 'patch'  # one strided convolution, or conv_stem() (ViT only)
     image_size: int = 224        # pixels per side
     patch_size: int = 16         # pixels per side of a feature-grid cell
-    image_mean: tuple = (0.5, 0.5, 0.5)  # scale to [0, 1], then normalize with these
+    image_mean: tuple = (0.5, 0.5, 0.5)  # pixels in [0, 1] are normalized with these
     image_std: tuple = (0.5, 0.5, 0.5)
     projection: Literal['linear', 'mlp', 'pixel_shuffle', 'perceiver'] = 'mlp'
     projection_hidden: int = 2048  # 'mlp': its hidden width
@@ -102,10 +102,11 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
         check(self.encoder == 'vit' or self.patch_size == 32, 'a ResNet needs patch_size=32')
         if self.encoder == 'vit' and self.stem == 'conv':
             check(self.patch_size == 8, "stem='conv' needs patch_size=8")
-        P, cell = self.image_size, self.patch_size * self.factor
-        check(P >= cell > 0 and P % cell == 0, f'image_size={P} must be a multiple of {cell}')
+        P, side = self.image_size, self.patch_size * self.factor  # side of a visual token in pixels
+        check(P >= side > 0 and P % side == 0, f'image_size={P} must be a multiple of {side}')
         check(self.prompt_template.count('{}') == 1, 'prompt_template must contain {} once')
-        check(self.block_size >= self.n_visual + 16, f'block_size={self.block_size} < {self.n_visual + 16}')
+        least = self.n_visual + 16
+        check(self.block_size >= least, f'block_size={self.block_size} must be at least {least}')
 
 SIGLIP_B = TransformerConfig(n_layer=12, n_head=12, n_embd=768, activation='gelu_tanh')
 GPT2 = TransformerConfig(n_layer=12, n_head=12, n_embd=768, activation='gelu_tanh', norm_eps=1e-5)
@@ -135,11 +136,11 @@ def rope_cos_sin(cfg, pos):
     D = cfg.n_embd // cfg.n_head
     frequency = cfg.rope_base ** (-torch.arange(0, D, 2, device=pos.device) / D)  # base^(-2i/D)
     angle = pos[:, None, :, None] * frequency  # (B,1,L,D/2); later pairs turn more slowly
-    return torch.stack([angle.cos(), angle.sin()])
+    return torch.stack([angle.cos(), angle.sin()])  # (2,B,1,L,D/2)
 
 def apply_rope(x, rope):
-    """Rotary position embedding (arXiv 2104.09864): rotates the channel pairs (i, i + D/2) of queries or keys
-    x (B,H,L,D), so positions affect q.k only through their distance. (The paper pairs 2i with 2i + 1.)"""
+    """Rotary position embedding (arXiv 2104.09864): rotates the channel pairs (i, i + D/2) of x, queries
+    (B,H,L,D) or keys (B,G,L,D): positions affect q.k only by their distance. (The paper pairs 2i, 2i + 1.)"""
     cos, sin = rope.to(x.dtype)  # each (B,1,L,D/2) or (1,1,L,D/2): all heads rotate alike
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -191,11 +192,11 @@ class Attention(nn.Module):
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:
             assert cache.k is None or x.size(1) == 1, 'after the prompt, one token at a time'
-            k, v = cache.update(k, v)
+            k, v = cache.update(k, v)  # S: old keys and new ones
         if self.group_size > 1:  # (B,G,S,D) -> (B,H,S,D)
             k = k.repeat_interleave(self.group_size, dim=1)
             v = v.repeat_interleave(self.group_size, dim=1)
-        # one new token needs no causal mask, as all keys precede it; a given mask is already causal
+        # one new token may see all keys, as none comes later; a given mask (packed_mask) is causal already
         is_causal = x.size(1) > 1 and mask is None and self.causal
         if self.keep_map or avoid_fused_attention(q):
             if is_causal:  # then the cache was empty (see the assert), so L = S
@@ -320,11 +321,11 @@ class LanguageDecoder(nn.Module):
         self.embedding = nn.Embedding(cfg.vocab_size, C)  # its weight is also the output head: tied
         self.input_norm = nn.LayerNorm(C, elementwise_affine=False) if cfg.input_norm else nn.Identity()
         if cfg.text.position == 'learned':
-            std = 0.5 if cfg.input_norm else 0.02  # 0.5: of the order of normalized inputs
+            std = 0.5 if cfg.input_norm else 0.02  # 0.5: comparable to the normalized inputs
             self.position_embedding = nn.Parameter(std * torch.randn(cfg.block_size, C))
         self.transformer = Transformer(cfg.text, causal=True)
     def head(self, h):
-        return F.linear(h, self.embedding.weight)  # (...,C) -> (...,V): one dot product per token
+        return F.linear(h, self.embedding.weight)  # (...,C) -> (...,V): one dot product per id
     def forward(self, x, pos, mask=None, caches=None):
         """x (B,S,C) at the positions pos (B,S), or (1,S) for all -> hidden states (B,S,C), ready for head."""
         x = self.input_norm(x)
@@ -352,7 +353,7 @@ class MinimalVLM(nn.Module):
         self.decoder = LanguageDecoder(cfg)
         self.init_weights()
     def init_weights(self):
-        """Linear layers and embeddings as in GPT-2, but with q and k equal in self-attention."""
+        """Linear layers and embeddings as in GPT-2; but in self-attention q and k start equal, and larger."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -362,15 +363,15 @@ class MinimalVLM(nn.Module):
             for block in stack.blocks:
                 for layer in (block.attn.out, block.mlp.down):  # these add to the residual stream
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
-        # self-attention: q and k share their initial W; with std 0.7/sqrt(C), (Wx).(Wy) is about 0.7^2 x.y,
-        # a similarity: small models learn to ground words in the image sooner (arXiv 2305.09828)
+        # q and k start as one W, so each head scores how similar two tokens are: summed over the heads,
+        # (Wx).(Wy) is about 0.7^2 x.y (arXiv 2305.09828). Small models learn sooner what words refer to.
         for attn in [*self.vision.modules(), *self.decoder.modules()]:
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
                 nn.init.normal_(attn.k.weight, std=0.7 / math.sqrt(attn.k.in_features))
                 attn.q.weight.data.copy_(attn.k.weight)
 
     def embed(self, images, ids):
-        """Visual tokens, then text, (B,N+T,C). images: uint8 (B,3,P,P); (1,3,P,P), shared by all; or None."""
+        """Visual tokens, then text, (B,N+T,C). images: uint8 (B,3,P,P), (1,3,P,P) for all rows, or None."""
         x = self.decoder.embedding(ids)  # text, (B,T,C)
         if images is not None:
             pixels = images.to(x.dtype) / 255
@@ -383,12 +384,12 @@ class MinimalVLM(nn.Module):
     def forward(self, images, ids, targets=None, positions=None):
         """images and ids as for embed. targets (B,T): the next token after each id, or -100 where not scored.
         positions (B,T): each token's index within its own text; required when a row packs several texts.
-        Without targets -> logits (B,T,V), None. Else logits (n_scored,V), loss (nats per token)."""
+        Without targets -> all logits (B,T,V), None. Else only the scored ones (n_scored,V), mean loss."""
         x = self.embed(images, ids)  # (B,S,C)
         N = x.size(1) - ids.size(1)
-        seq_pos = torch.arange(x.size(1), device=x.device)[None]  # (1,S): positions in the sequence
+        seq_pos = torch.arange(x.size(1), device=x.device)[None]  # (1,S): 0, 1, 2, ...
         mask = None
-        if positions is not None:  # packed: each text starts at N, as if it were the only one
+        if positions is not None:  # packed: each text's positions begin at N, as if it were alone
             seq_pos = torch.cat([seq_pos[:, :N].expand(len(ids), -1), N + positions], dim=1)  # (B,S)
             mask = packed_mask(positions, N)
         h = self.decoder(x, seq_pos, mask)[:, N:]  # (B,T,C), without the visual positions
@@ -464,13 +465,13 @@ def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
 
 # 8. Public weights and checkpoints --------------------------------------------------------------------
 def read_table(text):
-    """A dict for each column but the first, keyed by its header: VISION_NAMES['SigLIP']['norm'] and so on."""
+    """A table's columns as dicts, by header: VISION_NAMES['SigLIP']['norm'] is 'post_layernorm'."""
     ours, *columns = zip(*[line.split() for line in text.strip().splitlines()])  # rows to columns
     return {column[0]: dict(zip(ours[1:], column[1:])) for column in columns}
 
-# Our layers (first column) and their names in public files: # is the block number, - means no such tensor.
-# After a colon, T means stored transposed; 0, 1, 2 the q, k or v third of one tensor. So blocks.3.attn.k is
-# the middle third of GPT-2's h.3.attn.c_attn, transposed. position_embedding has no .weight or .bias.
+# Our layers (first column) and their names in public files, to which load_weights adds .weight or .bias (but
+# not to position_embedding). # is the block number, - means no such tensor. After a colon, T means stored
+# transposed; 0, 1, 2 the q, k or v third: blocks.3.attn.k is the middle of h.3.attn.c_attn, transposed.
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
 stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
@@ -500,7 +501,7 @@ blocks.#.mlp.gate   -                      layers.#.mlp.gate_proj               
 blocks.#.mlp.down   h.#.mlp.c_proj:T       layers.#.mlp.down_proj               decoder.blocks.#.mlp.down_proj
 norm                ln_f                   norm                                 decoder.norm
 """)
-# (part of the model, its names in one layout); a file has a layout if it has the last name in that column
+# (part of our model, a column of its table); a file has this layout if it has the column's last tensor
 LAYOUTS = [('vision', names) for names in VISION_NAMES.values()]
 LAYOUTS += [('decoder', names) for names in TEXT_NAMES.values()] + [('projection', {'proj': 'MP.proj'})]
 PREFIX = r'^(transformer|vision_model|model)\.'  # some files put it before each name
@@ -545,7 +546,7 @@ def fetch(name, file):
     path = os.path.join(torch.hub.get_dir(), 'vlm', repository, file)
     if os.path.exists(path):
         return path
-    def show(blocks, size, total):  # every 5% of a large file
+    def show(blocks, size, total):  # called for each block; reports every 5% of a large file
         if total > 10**7 and blocks % (total // size // 20) == 0:
             print(f'{url}: {blocks * size / 1e6:.0f} of {total / 1e6:.0f} MB', file=sys.stderr)
     try:
@@ -553,7 +554,7 @@ def fetch(name, file):
         part, _ = urllib.request.urlretrieve(url, f'{path}.{os.getpid()}', show)
         os.replace(part, path)
     except (OSError, ValueError) as e:  # ContentTooShortError is an OSError
-        raise UserError(f'cannot download {url} ({e}): save it (one file, no shards) to '
+        raise UserError(f'cannot download {url} ({e}): save it by hand (one file, no shards) to '
                         f'{path}, or train your own model: python train.py') from e
     return path
 
@@ -565,7 +566,7 @@ def read_json(path):
         raise UserError(f'{path} cannot be read as a JSON object ({e})') from e
 
 def read_config(name):
-    """The fields of VLMConfig that a published model sets, defaults too: train.py lays them over a preset."""
+    """The VLMConfig fields of a published model, even if at their defaults: they replace a preset's."""
     image = dict(encoder='vit', stem='patch', image_size=224, patch_size=16)
     image |= dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
     if name in ('resnet18', 'resnet50'):
@@ -573,27 +574,27 @@ def read_config(name):
         return image | dict(encoder=name, patch_size=32)
     path = fetch(name, 'config.json')
     config = read_json(path)
-    kind = str(config.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # SigLIP without text
+    kind = str(config.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # half a SigLIP
     check(kind in SUPPORTED, f'{path}: model_type={kind} must be one of {", ".join(SUPPORTED)}')
-    config |= config.get('vision_config') or {}  # SigLIP's, if its text half is there too
-    config |= config.get('rope_parameters') or {}  # Llama's, in newer files
+    config |= config.get('vision_config') or {}  # nested in a whole SigLIP
+    config |= config.get('rope_parameters') or {}  # nested in newer Llamas
     for key, value in SUPPORTED[kind].items():
         check(config.get(key, value) == value, f'{path}: {key}={config.get(key)} must be {value}')
-    def read(names):  # the values in config, under our names
+    def fields_of(names):  # the values in config, if present, under our names
         return {ours: config[key] for ours, key in names.items() if config.get(key) is not None}
     if kind == 'siglip':
-        vision = replace(SIGLIP_B, **read(STACK_FIELDS['siglip']))
-        return image | read(MODEL_FIELDS['siglip']) | dict(vision=vision)
+        vision = replace(SIGLIP_B, **fields_of(STACK_FIELDS['siglip']))
+        return image | fields_of(MODEL_FIELDS['siglip']) | dict(vision=vision)
     if kind == 'nanovlm':
-        vision = replace(SIGLIP_B, **read(STACK_FIELDS['nanovlm-vision']))
-        text = replace(LLAMA, **read(STACK_FIELDS['nanovlm-text']))
-        return vars(PRESETS['nanovlm']) | read(MODEL_FIELDS['nanovlm']) | dict(vision=vision, text=text)
-    text = replace(GPT2 if kind == 'gpt2' else LLAMA, **read(STACK_FIELDS[kind]))
+        vision = replace(SIGLIP_B, **fields_of(STACK_FIELDS['nanovlm-vision']))
+        text = replace(LLAMA, **fields_of(STACK_FIELDS['nanovlm-text']))
+        return vars(PRESETS['nanovlm']) | fields_of(MODEL_FIELDS['nanovlm']) | dict(vision=vision, text=text)
+    text = replace(GPT2 if kind == 'gpt2' else LLAMA, **fields_of(STACK_FIELDS[kind]))
     defaults = dict(vocab_size=50257, block_size=1024, tokenizer=name, input_norm=False)
-    return defaults | read(MODEL_FIELDS[kind]) | dict(text=text)
+    return defaults | fields_of(MODEL_FIELDS[kind]) | dict(text=text)
 
 def read_safetensors(path):
-    """{name: tensor}, memory-mapped. Layout: 8-byte header length, JSON header, data."""
+    """{name: tensor}, memory-mapped, copy-on-write. Layout: 8-byte header length, JSON header, data."""
     dtypes = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
     dtypes |= dict(F64=torch.float64, I64=torch.int64, U8=torch.uint8, BOOL=torch.bool)
     try:
@@ -616,7 +617,7 @@ def load_weights(model, path):
     """Loads each part of the model that the file covers; leaves the others as they are."""
     tensors = {re.sub(PREFIX, '', name): x for name, x in read_safetensors(path).items()}
     heads = [tensors.pop(name) for name in ('lm_head.weight', 'decoder.head.weight') if name in tensors]
-    if heads and 'decoder.norm.weight' in tensors:  # nanoVLM may store only the head
+    if heads and 'decoder.norm.weight' in tensors:  # nanoVLM's file may hold only the head
         tensors.setdefault('decoder.token_embedding.weight', heads[0])
     used = set()
     for part, names in LAYOUTS:
@@ -687,7 +688,7 @@ GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!
 
 class Tokenizer:
     """Byte-level BPE: text <-> ids. tiktoken always merges the pair whose result has the lowest id.
-    tokens: {token: id}, the bytes of a token written as characters chr(0) to chr(255) (latin-1)."""
+    tokens: {token: id}; a token is text with a character chr(0) to chr(255) for each byte (latin-1)"""
     def __init__(self, name, tokens, special, pieces=PIECES):
         self.state = dict(name=name, tokens=tokens, special=special, pieces=pieces)
         self.name = name
@@ -708,7 +709,7 @@ class Tokenizer:
         yield decoder.decode(b'', final=True)
 
     @classmethod
-    def make(cls, name, texts=(), vocab_size=257):
+    def make(cls, name, texts=(), vocab_size=257):  # 256 bytes and END
         """name: 'bytes', 'bpe' (learned from texts), a .json file, or a folder or repository with one."""
         if name in ('bytes', 'bpe'):
             tokens = learn_bpe(texts if name == 'bpe' else [], vocab_size - 1)
@@ -727,13 +728,12 @@ class Tokenizer:
         for step in steps:
             for key, value in supported.items():
                 check(step.get(key, value) == value, f'{path}: unsupported pre-tokenizer ({key})')
-        # tiktoken joins in the order of ids, so ids must rise in the order of the merges
+        # tiktoken merges the lowest id first, so ids must rise in the order of the merges
         joined = [m.replace(' ', '') if isinstance(m, str) else ''.join(m) for m in model['merges']]
-        ids = [model['vocab'].get(token, -1) for token in joined]
+        ids = [0] + [model['vocab'].get(token, -1) for token in joined]  # -1 would be out of order
         check(END in special and ids == sorted(ids), f'{path}: no {END}, or ids not in merge order')
-        # GPT-2 writes unprintable bytes as chr(256), chr(257), ...; the others stand for themselves
-        unprintable = [*range(33), *range(127, 161), 173]
-        alphabet = {256 + n: byte for n, byte in enumerate(unprintable)}
+        # GPT-2 writes these unprintable bytes as chr(256), chr(257), ...; the others stand for themselves
+        alphabet = {256 + n: byte for n, byte in enumerate([*range(33), *range(127, 161), 173])}
         tokens = {t.translate(alphabet): i for t, i in model['vocab'].items() if t not in special}
         return cls(name, tokens, special, pieces)
 
@@ -743,7 +743,7 @@ def learn_bpe(texts, n_tokens):
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?=\d)|\s+(?!\S)|\s+"
     pieces = Counter(piece for text in texts for piece in re.findall(pattern, text))
     counts = list(pieces.values())  # how often each piece occurs in the texts
-    # each piece with its tokens in brackets, at first one for each byte: ‹c›‹a›‹t›
+    # each piece with its tokens in brackets (no token has any), at first one for each byte: ‹c›‹a›‹t›
     words = [''.join(f'‹{chr(b)}›' for b in piece.encode('utf-8', 'replace')) for piece in pieces]
     pairs = Counter()  # (left, right) -> how often they are neighbors in the texts
     def add_pairs(word, n):
@@ -757,7 +757,7 @@ def learn_bpe(texts, n_tokens):
         (left, right), most = pairs.most_common(1)[0]
         if most < 2:
             break
-        tokens[left + right] = len(tokens)  # a new key: equal bytes never merge in two ways
+        tokens[left + right] = len(tokens)  # new: the same bytes always join the same way
         apart, joined = f'‹{left}›‹{right}›', f'‹{left}{right}›'
         for i, word in enumerate(words):
             if apart in word:
@@ -770,7 +770,7 @@ def learn_bpe(texts, n_tokens):
 def open_image(path, size):
     """An image file as 8-bit RGB, upright. A JPEG may be decoded smaller, but never below size."""
     try:
-        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # warns if it is huge
+        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # about huge images
             image.draft('RGB', (size, size))
             return to_rgb(image)
     except Exception as e:  # broken files make Pillow raise almost anything
@@ -781,10 +781,10 @@ def to_rgb(image):
     image.load()  # decode now: the suppress() below would hide a broken file
     with contextlib.suppress(Exception):  # ignore broken EXIF data
         image = ImageOps.exif_transpose(image)
-    if image.mode[0] in 'IF':  # more than 8 bits, or floats: the brightest pixel tells the range
+    if image.mode[0] in 'IF':  # more than 8 bits, or floats: guess the range by the brightest pixel
         image = image.convert('F')
         high = image.getextrema()[1]
-        white = next((w for w in (1, 255, 65535) if w >= high), high)  # a common range that fits
+        white = next((w for w in (1, 255, 65535) if w >= high), high)  # a usual one that fits
         image = image.point(lambda v: v * (255 / white)).convert('L')
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
@@ -794,12 +794,12 @@ def image_transform(cfg):  # RGB image -> uint8 (3,P,P), squashed to a square; e
     return transforms.Compose([transforms.Resize([cfg.image_size] * 2), transforms.PILToTensor()])
 
 def encode_prompt(tokenizer, cfg, prompt):
-    """Token ids of the prompt (if long, its end) in its template; of caption_prompt or END if it is empty."""
+    """Ids of the template filled with prompt or, if that is empty, caption_prompt; END if both are empty."""
     prompt = prompt.strip() or cfg.caption_prompt
     if not prompt:
         return [tokenizer.end]
     ids = tokenizer.encode(cfg.prompt_template.replace('{}', prompt))
-    return ids[-((cfg.block_size - cfg.n_visual) // 2) :]  # at most half of the room for text
+    return ids[-((cfg.block_size - cfg.n_visual) // 2) :]  # keep its end, half of the room for text
 
 def encode_answer(tokenizer, cfg, answer):
     return tokenizer.encode(cfg.answer_prefix + answer.strip()) + [tokenizer.end]
@@ -808,7 +808,7 @@ def collate(items, cfg, tokenizer, transform):
     """[(image, [(prompt, answer), ...]), ...] -> images (B,3,P,P); ids, targets and positions (B,T).
     A row holds all texts of an image, cut off at block_size. positions is None if no row has several.
         ids        what  color  red  shape  star    the texts 'what color red' and 'shape star'
-        targets    -100  red    END  star   END     the next token of the text; -100: not scored
+        targets    -100  red    END  star   END     shifted within each text; -100: not scored
         positions  0     1      2    0      1       count from 0 in each text"""
     rows = []
     for _, texts in items:
@@ -830,7 +830,7 @@ def collate(items, cfg, tokenizer, transform):
 # 11. Command line -------------------------------------------------------------------------------------
 def override(settings, argv=None):
     """Overrides settings, the globals() of a script, by --name=value, --name value or a bare --flag.
-    A setting is a line such as `seed = 1337  # comment`: its default sets the type; --help lists them."""
+    A setting is a line `seed = 1337  # comment`, lower case, with two spaces; its default sets the type."""
     def true_or_false(text):
         return bool(json.loads(text.lower()))
     with open(settings['__file__'], encoding='utf-8') as f:
@@ -839,7 +839,7 @@ def override(settings, argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for name, comment in comments.items():
         options = dict(type=type(settings[name]), default=settings[name])
-        if options['type'] is bool:
+        if options['type'] is bool:  # bool('False') is True
             options.update(type=true_or_false, nargs='?', const=True)
         parser.add_argument(f'--{name}', help=comment.replace('%', '%%'), **options)
     values, unknown = parser.parse_known_args(argv)
