@@ -17,6 +17,7 @@ import pathlib
 import random
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -88,7 +89,7 @@ def assert_one_line(error):
 
 # the files --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('name, limit', [
-    ('vlm.py', 850), ('data.py', 455), ('train.py', 560), ('sample.py', 180), ('test_vlm.py', 5260),
+    ('vlm.py', 850), ('data.py', 455), ('train.py', 560), ('sample.py', 180), ('test_vlm.py', 5700),
     ('README.md', 250)])
 def test_the_files_keep_to_their_length_and_width(name, limit):
     lines = (HERE / name).read_text(encoding='utf-8').splitlines()
@@ -1825,8 +1826,51 @@ def test_an_alias_stands_for_a_repository(hub, alias, repository):
     with pytest.raises(UserError, match=f'/{repository}/resolve/main/config.json'):
         vlm.read_config(alias)
 
+def test_what_a_published_siglip_leaves_out_is_as_in_transformers(tmp_path):
+    """google/siglip-base-patch16-224 names no sizes at all."""
+    tf = pytest.importorskip('transformers')
+    kinds = dict(model_type='siglip', vision_config=dict(model_type='siglip_vision_model'))
+    (tmp_path / 'config.json').write_text(json.dumps(kinds))
+
+    ours = vlm.read_config(str(tmp_path))
+
+    theirs = tf.SiglipVisionConfig()
+    assert (ours['image_size'], ours['patch_size']) == (theirs.image_size, theirs.patch_size)
+    vision = ours['vision']
+    for name, key in vlm.STACK_FIELDS['siglip'].items():
+        if key != '-':
+            value = getattr(vision, name) or 4 * vision.n_embd
+            assert value == getattr(theirs, key), name
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_an_output_head_must_be_the_embedding_also_in_bfloat16(tmp_path, tied):
+    st = pytest.importorskip('safetensors.torch')
+    write_published('llama', tmp_path)
+    tensors = {name: x.bfloat16() for name, x in st.load_file(tmp_path / 'model.safetensors').items()}
+    tensors['lm_head.weight'] = tensors['model.embed_tokens.weight'] + (not tied)
+    st.save_file(tensors, tmp_path / 'model.safetensors')
+    model = MinimalVLM(vlm.replace(CFG, **vlm.read_config(str(tmp_path))))
+
+    if tied:
+        vlm.load_weights(model, f'{tmp_path}/model.safetensors')
+        assert torch.equal(model.decoder.embedding.weight.bfloat16(), tensors['lm_head.weight'])
+    else:
+        with pytest.raises(UserError, match='output head differs'):
+            vlm.load_weights(model, f'{tmp_path}/model.safetensors')
+
+def test_two_processes_download_into_files_of_their_own(hub, monkeypatch):
+    monkeypatch.setattr('urllib.request.urlretrieve', get := mock.Mock(side_effect=OSError))
+
+    for monkeypatch_pid in (1, 2):
+        monkeypatch.setattr(os, 'getpid', lambda: monkeypatch_pid)
+        with pytest.raises(UserError):
+            vlm.fetch('owner/big', 'file')
+
+    first, second = [call.args[1] for call in get.call_args_list]
+    assert first != second
+
 # vlm.py, 9. tokenizers ---------------------------------------------------------------------------------
-CORPUS = ['a small red cat sits on a red mat', 'the cat sat, a mat sat', '12 hats, caf\u00e9 \U0001f600']
+CORPUS = ['a small red cat sits on a red mat', 'the cat sat, a mat sat', '12 hats, café \U0001f600']
 
 def random_texts(n):
     """Up to 25 characters each of letters, digits, punctuation, white space, accents, Chinese and emoji."""
@@ -2307,6 +2351,17 @@ def test_of_a_template_without_room_for_a_prompt_the_end_is_kept():
     ids = encode_prompt(BYTES, cfg, 'why?')
 
     assert ids == [*after[-30:]]
+
+def test_a_picture_with_transparency_is_turned_upright_too(tmp_path):
+    stored = half_and_half('RGBA', (255, 255, 255, 255), (0, 0, 0, 255)).transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored.save(tmp_path / 'a.png', exif=exif)
+
+    rgb = open_image(tmp_path / 'a.png', 8)
+
+    assert rgb.crop((0, 0, 8, 4)).getextrema() == ((255, 255),) * 3
+    assert rgb.crop((0, 4, 8, 8)).getextrema() == ((0, 0),) * 3
 
 # vlm.py, 11. command line ------------------------------------------------------------------------------
 def override(*argv):
@@ -2988,6 +3043,33 @@ def test_an_image_of_coco_has_all_its_captions(tmp_path, settings):
     assert items == {0: [('', 'one, number 0'), ('', 'another')],
                      1: [('', 'one, number 1'), ('', 'and another')]}
 
+def test_a_tilde_before_a_data_set_is_the_home_folder(tmp_path, settings, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    make_photos(tmp_path / 'photos/dog', 1)
+
+    assert read_items('~/photos') == {0: [('what is this?', 'dog')]}
+
+def test_a_class_may_be_a_link_to_a_folder_elsewhere(tmp_path, settings):
+    make_photos(tmp_path / 'elsewhere', 1)
+    make_photos(tmp_path / 'photos', 0)
+    (tmp_path / 'photos/dog').symlink_to(tmp_path / 'elsewhere')
+
+    assert read_items(tmp_path / 'photos') == {0: [('what is this?', 'dog')]}
+
+def test_photos_come_in_the_order_of_their_names_whatever_that_of_the_disk(tmp_path, settings, monkeypatch):
+    """Or the processes of several machines would each see another data set."""
+    make_photos(tmp_path / 'dog', 12)
+    train.dataset = train.val_dataset = str(tmp_path)
+    orders = []
+
+    for backwards in (False, True):
+        walk = [(folder, dirs, sorted(names, reverse=backwards)) for folder, dirs, names in os.walk(tmp_path)]
+        with monkeypatch.context() as patch:
+            patch.setattr(os, 'walk', lambda *given, **options: walk)
+            orders.append(train.make_datasets()[0].names)
+
+    assert orders[0] == orders[1]
+
 # train.py, batches ------------------------------------------------------------------------------------
 BYTES = Tokenizer.make('bytes')
 TINY = replace(PRESETS['tiny'], vocab_size=257, tokenizer='bytes')
@@ -3332,6 +3414,72 @@ def test_texts_of_an_image_that_do_not_fit_together_are_counted(settings, capfd)
     assert said.startswith('1 of 2 images have more texts than fit in a sequence')
     assert f'--block_size={TINY.n_visual + room} makes room' in said
 
+def test_batches_are_whole_even_if_they_do_not_divide_the_images(settings):
+    """A smaller last one might leave a process without an image."""
+    train.batch_size = 4
+    batches = train.Batches(TenImages(), TINY, BYTES)
+
+    assert [len(batches[n][0]) for n in range(7)] == 7 * [4]
+
+def test_no_text_of_an_image_comes_twice_in_a_row(settings):
+    train.texts_per_image = 3
+    batches = train.Batches(TenImages(n_texts=4), TINY, BYTES)
+
+    for row in batches[0][2]:
+        texts = BYTES.decode(row[row >= 0].tolist())
+        assert len(set(re.findall(r'text (\d)', texts))) == 3
+
+def test_each_batch_of_an_epoch_draws_its_own_augmentations(settings):
+    train.batch_size = 2
+    image = Image.effect_noise((64, 64), 90).convert('RGB')
+    class Same(TenImages):
+        def __getitem__(self, i):
+            return image, [('', 'a')]
+
+    batches = train.Batches(Same(), TINY, BYTES, augment=True)
+
+    assert not torch.equal(batches[0][0], batches[1][0])
+
+def test_augmentation_keeps_most_of_a_picture(settings):
+    """A white square, a quarter of the picture, is at most 0.25 / 0.7 of a crop."""
+    picture = Image.new('RGB', (64, 64), 'black')
+    picture.paste('white', (16, 16, 48, 48))
+    transform = train.make_transform(TINY, augment=True)
+    torch.manual_seed(0)
+
+    white = [(transform(picture) > 100).float().mean().item() for _ in range(200)]
+
+    assert 0.33 < max(white) < 0.38
+
+def test_the_held_out_photos_are_those_of_earlier_runs(tmp_path, settings):
+    make_photos(tmp_path, 60)
+    (tmp_path / 'a.csv').write_text('\n'.join(['image,caption', *(f'{i}.png,a' for i in range(60))]))
+    train.dataset = str(tmp_path / 'a.csv')
+
+    assert set(train.make_datasets()[1].names) == HELD_OUT
+HELD_OUT = {'14.png', '43.png', '5.png'}
+
+def test_another_seed_draws_other_scenes(settings):
+    pictures = set()
+    for train.seed in (1, 2):
+        pictures |= {scenes[0][0].tobytes() for scenes in train.make_datasets()}
+
+    assert len(pictures) == 4
+
+@pytest.mark.parametrize('dataset, device, workers', [
+    ('photos', 'cpu', 6), ('shapes', 'cpu', 0), ('shapes', 'cuda', 6)])
+def test_workers_are_as_many_as_cores_but_none_for_shapes_on_a_cpu(
+        settings, monkeypatch, dataset, device, workers):
+    monkeypatch.setattr(os, 'cpu_count', lambda: 6)
+    monkeypatch.setattr(torch.utils.data, 'DataLoader', make := mock.Mock(side_effect=InterruptedError))
+    train.dataset = dataset
+    train.num_workers = -1
+
+    with pytest.raises(InterruptedError):
+        next(train.load(train.Batches(TenImages(), TINY, BYTES), range(9), torch.device(device)))
+
+    assert make.call_args.kwargs['num_workers'] == workers
+
 # train.py, optimizers ---------------------------------------------------------------------------------
 def five_steps(ours, our_optimizers, theirs, their_optimizer):
     """Both get the same random gradients."""
@@ -3482,6 +3630,11 @@ def test_the_rate_falls_to_min_lr(settings):
     train.min_lr = 0.1
 
     assert rate_factors(0, 50, 775, 1500) == [1 / 51, 1, 0.55, 0.1]
+
+def test_a_run_shorter_than_its_warmup_has_positive_rates(settings):
+    train.max_iters = 20
+
+    assert rate_factors(0, 9, 19) == [1 / 51, 10 / 51, 20 / 51]
 
 # train.py, evaluation ---------------------------------------------------------------------------------
 @pytest.fixture(scope='module')
@@ -4568,6 +4721,211 @@ def test_a_folder_renamed_to_out_is_resumed_there(tmp_path, run, monkeypatch):
 
     assert train.out_dir == 'out'
 
+def test_a_gpu_is_taken_by_its_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'set_device', take := mock.Mock(side_effect=RuntimeError('taken')))
+
+    with pytest.raises(UserError, match='taken'):
+        train.find_device('cuda:1', 'auto')
+
+    take.assert_called_once_with(1)
+
+@pytest.mark.skipif('torch.backends.mps.is_available()', reason='needs a machine without MPS')
+def test_a_device_that_is_known_but_not_there_is_a_user_error():
+    with pytest.raises(UserError, match='device=mps does not work') as error:
+        train.find_device('mps', 'float32')
+
+    assert_one_line(error)
+
+@pytest.mark.parametrize('name', '''eval_interval log_interval eval_iters batch_size texts_per_image
+    gradient_accumulation_steps'''.split())
+def test_counts_must_be_positive(settings, name):
+    with pytest.raises(UserError, match=f'{name}=0 must be at least 1') as error:
+        train.main([f'--{name}=0'])
+
+    assert_one_line(error)
+
+@pytest.mark.parametrize('preset, parts', [('base', ['siglip-b-16', 'gpt2']),
+                                           ('nanovlm', ['siglip-b-16', 'smollm2-135m'])])
+def test_pretrained_parts_are_those_of_the_preset(settings, monkeypatch, preset, parts):
+    monkeypatch.setattr(train, 'read_config', read := mock.Mock(return_value={}))
+    monkeypatch.setattr(train, 'MinimalVLM', do_nothing)
+    train.preset, train.init_from, train.tokenizer = preset, 'pretrained', 'bytes'
+
+    train.make_model([])
+
+    assert [call.args[0] for call in read.call_args_list] == parts
+
+def test_a_tokenizer_with_more_tokens_than_the_decoder_is_refused(tmp_path, settings):
+    write_published('llama', tmp_path)  # with 300
+    train_tokenizer(tmp_path / 'tokenizer.json', digits=True, vocab_size=301)
+    train.init_from = str(tmp_path)
+
+    with pytest.raises(UserError, match='does not fit the decoder') as error:
+        train.make_model([])
+
+    assert_one_line(error)
+
+def test_a_tokenizer_is_learned_from_questions_too(tmp_path, run):
+    make_photos(tmp_path, 4)
+    rows = [f'{i}.png,which otter?,{i}' for i in range(4)]
+    (tmp_path / 'a.csv').write_text('\n'.join(['image,question,answer', *rows]))
+
+    run(*QUICK, '--tokenizer=bpe', f'--dataset={tmp_path}/a.csv', '--max_iters=0')
+
+    assert len(load_checkpoint(f'{tmp_path}/out/ckpt.pt')[1].encode('which otter?')) == 3
+
+def test_the_logged_speed_counts_the_images_that_there_are(tmp_path, run, monkeypatch, capfd):
+    monkeypatch.setattr(train, 'time', SimpleNamespace(time=itertools.count().__next__))
+    make_photos(tmp_path / 'photos/dark', 3)
+
+    run(*QUICK, f'--dataset={tmp_path}/photos', '--max_iters=1', '--gradient_accumulation_steps=25')
+
+    ms, speed = re.search(r'step 1/1: .* (\d+) ms, (\d+) images/s', capfd.readouterr().out).groups()
+    assert int(speed) == round(2 * 25 / (int(ms) / 1000))
+
+def test_training_runs_what_torch_compile_returns(run, monkeypatch):
+    def compiled(net):
+        def call(*batch):
+            calls.append(batch)
+            return net(*batch)
+        return call
+    calls = []
+    monkeypatch.setattr(torch, 'compile', compiled)
+    monkeypatch.setattr(train, 'check_compiler', do_nothing)
+
+    run(*QUICK, '--compile')
+
+    assert len(calls) == 2
+
+def test_training_goes_on_with_dropout_after_an_evaluation(run, monkeypatch):
+    def noting(model, *batch):
+        if torch.is_grad_enabled():
+            modes.append(model.training)
+        return forward(model, *batch)
+    modes = []
+    forward = MinimalVLM.forward
+    monkeypatch.setattr(MinimalVLM, 'forward', noting)
+
+    run(*QUICK, *SMALL, '--max_iters=3', '--eval_interval=1', '--eval_samples=0')
+
+    assert modes == [True] * 3
+
+def test_the_log_has_the_seconds_since_the_start(tmp_path, run, monkeypatch):
+    """By a clock that goes on by a second each time it is read."""
+    monkeypatch.setattr(train, 'time', SimpleNamespace(time=itertools.count().__next__))
+
+    run(*QUICK, *SMALL, '--max_iters=5', '--eval_interval=2', '--eval_samples=0')
+
+    seconds = [float(row['seconds']) for row in read_log(tmp_path / 'out')]
+    assert len(seconds) == 5 + 3
+    assert all(a < b for a, b in itertools.pairwise(seconds))
+
+def test_a_run_that_dies_in_an_evaluation_has_saved_before(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(train, 'evaluate', mock.Mock(side_effect=MemoryError))
+
+    with pytest.raises(MemoryError):
+        run(*QUICK)
+
+    assert load_checkpoint(f'{tmp_path}/out/ckpt.pt')[2]['step'] == 2
+
+def test_a_finished_run_names_a_picture_in_a_folder_with_a_space(tmp_path, run, capfd):
+    make_photos(tmp_path / 'my photos/dog', 3)
+
+    run(*QUICK, f'--dataset={tmp_path}/my photos', '--max_iters=0')
+
+    command = shlex.split(capfd.readouterr().out.splitlines()[-1])
+    [image] = [word[8:] for word in command if word.startswith('--image=')]
+    assert os.path.isfile(image)
+
+def test_a_tilde_before_out_dir_is_the_home_folder(tmp_path, settings, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+
+    train.main([*QUICK, *SMALL, '--max_iters=0', '--out_dir=~/out'])
+
+    assert {*os.listdir(tmp_path / 'out')} == {'ckpt.pt', 'log.csv', 'samples.png'}
+
+def test_a_run_in_float32_may_go_on_in_float16(run):
+    run(*QUICK, *SMALL)
+
+    end = run('--init_from=resume', '--dtype=float16', '--max_iters=3')
+
+    assert end['step'] == 3
+
+def test_a_resumed_run_takes_its_new_weight_decay(run):
+    run(*QUICK)
+
+    end = run('--init_from=resume', '--weight_decay=0.1')
+
+    assert {group['weight_decay'] for o in end['optimizers'] for group in o['param_groups']} == {0, 0.1}
+
+def test_a_run_resumed_twice_keeps_the_settings_of_the_first_time(run):
+    run(*QUICK, '--max_iters=1')
+    run('--init_from=resume', '--max_iters=2', '--weight_decay=0.1')
+
+    kept = run('--init_from=resume')['settings']
+
+    assert (kept['max_iters'], kept['weight_decay']) == (2, 0.1)
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Makes a run one of several processes, without the others."""
+    for name in ('init_process_group', 'destroy_process_group', 'all_reduce'):
+        monkeypatch.setattr(train.dist, name, do_nothing)
+    monkeypatch.setattr(torch.nn.parallel, 'DistributedDataParallel', MinimalVLM.eval)
+    monkeypatch.setattr(sys, 'stdout', sys.stdout)
+    def be(rank, world):
+        monkeypatch.setenv('RANK', str(rank))
+        monkeypatch.setenv('WORLD_SIZE', str(world))
+    return be
+
+def test_each_process_needs_an_image(run, alone):
+    alone(0, 5)
+
+    with pytest.raises(UserError, match='4 images per batch: each of the 5 processes needs') as error:
+        run(*QUICK)
+
+    assert_one_line(error)
+
+def test_the_logged_speed_of_two_processes_is_that_of_their_common_batch(run, alone, monkeypatch, capfd):
+    monkeypatch.setattr(train, 'time', SimpleNamespace(time=itertools.count().__next__))
+    alone(0, 2)
+
+    run(*QUICK, '--max_iters=1', '--gradient_accumulation_steps=25')
+
+    ms, speed = re.search(r'step 1/1: .* (\d+) ms, (\d+) images/s', capfd.readouterr().out).groups()
+    assert int(speed) == round(4 * 25 / (int(ms) / 1000))
+
+def test_only_rank_0_writes_a_log_and_a_checkpoint(tmp_path, run, alone):
+    run(*QUICK)
+    before = [(tmp_path / 'out' / name).read_bytes() for name in ('log.csv', 'ckpt.pt')]
+    alone(1, 2)
+
+    run(*QUICK, '--overwrite', '--max_iters=3')
+
+    assert [(tmp_path / 'out' / name).read_bytes() for name in ('log.csv', 'ckpt.pt')] == before
+
+def test_rank_0_evaluates_whole_batches(tmp_path, run, alone, monkeypatch):
+    def noting(model, images, *rest):
+        seen.append(len(images))
+        return forward(model, images, *rest)
+    seen = []
+    forward = MinimalVLM.forward
+    monkeypatch.setattr(MinimalVLM, 'forward', noting)
+    alone(0, 2)
+
+    run(*QUICK, '--max_iters=0', '--eval_samples=0')
+
+    assert seen == [4, 4]  # with their own images, and with swapped ones
+
+def test_the_other_processes_print_nothing(run, alone, capfd):
+    run(*QUICK, '--max_iters=0')
+    capfd.readouterr()
+    alone(1, 2)
+
+    run(*QUICK, '--overwrite')
+
+    assert capfd.readouterr().out == ''
+
 # the default job, in short, and what sample.py makes of it --------------------------------------------
 @pytest.fixture(scope='session', autouse=True)
 def training(request, tmp_path_factory):
@@ -5258,3 +5616,81 @@ def test_without_a_checkpoint_and_a_picture_nothing_is_downloaded(hub, folder, t
 
     assert_one_line(error)
     assert not (folder / 'nothing').exists()
+
+def test_each_start_of_sample_has_another_seed():
+    seeds = {runpy.run_path(str(HERE / 'sample.py'))['seed'] for _ in range(3)}
+
+    assert len(seeds) == 3
+
+def test_answers_come_from_the_compiled_decoder(folder, talk, monkeypatch):
+    def compiled(module, **options):
+        def call(*inputs, **options):
+            calls.append(module)
+            return module._call_impl(*inputs, **options)
+        module._compiled_call_impl = call  # as Module.compile does
+    calls = []
+    monkeypatch.setattr(torch.nn.Module, 'compile', compiled)
+    monkeypatch.setattr(sample, 'check_compiler', do_nothing)
+    monkeypatch.setattr(vlm, 'sample_top_p', always(65))
+
+    talk(f'--out_dir={folder}', f'--image={folder}/a.png', '--max_new_tokens=3', '--compile')
+
+    assert len(calls) == 3
+
+def test_choices_are_ranked_for_each_picture(folder, talk):
+    _, printed, _ = talk(f'--out_dir={folder}', f'--image={folder}/a.png,{folder}/b.png', '--choices=yes,no')
+
+    assert printed.splitlines()[::3] == [f'{folder}/a.png', f'{folder}/b.png']
+    assert printed.count('%') == 4
+
+def test_several_pictures_have_several_samples_each(folder, talk):
+    """Here the likeliest ones, all alike."""
+    pictures = ('a.png', 'b.png')
+
+    _, printed, _ = talk(f'--out_dir={folder}', f'--image={folder}/a.png,{folder}/b.png', '--num_samples=2',
+                         '--temperature=1', '--top_k=1', '--max_new_tokens=6', '--dtype=float32')
+
+    assert printed.splitlines() == [f'{folder}/{name}: {answer_of(folder, name, "", 6)}'
+                                    for name in pictures for _ in range(2)]
+
+def test_a_batch_without_a_readable_picture_is_skipped(folder, talk):
+    (folder / 'bad.png').write_text('not a picture')
+
+    code, printed, _ = talk(f'--out_dir={folder}', f'--image={folder}/bad.png,{folder}/b.png',
+                            '--batch_size=1', '--max_new_tokens=2', '--dtype=float32')
+
+    assert (code, printed) == (1, f'{folder}/b.png: {answer_of(folder, "b.png", "", 2)}\n')
+
+def test_a_single_picture_that_cannot_be_read_is_a_failure(folder, talk):
+    (folder / 'bad.png').write_text('not a picture')
+
+    code, printed, errors = talk(f'--out_dir={folder}', f'--image={folder}/bad.png')
+
+    assert (code, printed) == (1, '')
+    assert 'bad.png' in errors
+
+def test_a_table_that_excel_saved_is_continued(tmp_path):
+    (tmp_path / 'c.csv').write_text('image,caption\r\na.png,red\r\n', encoding='utf-8-sig', newline='')
+
+    _, left = data.open_table(f'{tmp_path}/c.csv', [f'{tmp_path}/a.png', f'{tmp_path}/b.png'], '')
+
+    assert left == [f'{tmp_path}/b.png']
+
+def test_names_that_a_terminal_cannot_show_do_not_end_sample(folder):
+    os.rename(folder / 'a.png', folder / 'café.png')
+
+    command = [sys.executable, HERE / 'sample.py', f'--out_dir={folder}', f'--image={folder}/café.png']
+    done = subprocess.run([*command, '--max_new_tokens=2'], env=ENVIRONMENT | {'PYTHONIOENCODING': 'ascii'})
+
+    assert done.returncode == 0
+
+def test_a_folder_without_a_tokenizer_takes_the_one_that_its_config_names(hub, tmp_path, monkeypatch):
+    from test_vlm import write_nanovlm
+    write_nanovlm(tmp_path / 'nano')
+    (hub[0] / 'owner/tokenizer').mkdir(parents=True)
+    theirs = train_tokenizer(hub[0] / 'owner/tokenizer/tokenizer.json', digits=True)
+    monkeypatch.setattr(sample, 'init_from', f'{tmp_path}/nano')
+
+    _, tok = sample.load_model(torch.device('cpu'))
+
+    assert tok.encode('the cat 12') == theirs.encode('the cat 12').ids
