@@ -118,7 +118,7 @@ def ask_existence(scene, rng, pairs):
     here = sorted({(t.color, t.shape) for t in scene})
     for pair in rng.sample(here, min(2, len(here))):
         absent = [p for p in pairs if p not in here and {*p} & {*pair}]
-        # the hardest count four times: color and shape are both there, but in different things
+        # weight 4 for the hardest: its color and its shape are both there, but in different things
         absent += 3 * [p for p in absent if {*p} <= {*itertools.chain(*here)}]
         if absent:
             for (color, shape), answer in [(pair, 'yes'), (rng.choice(absent), 'no')]:
@@ -140,8 +140,8 @@ PROMPT_NAMES = ('prompt', 'question')
 ANSWER_NAMES = ('caption', 'answer', 'text', 'comment')
 
 def read_rows(path):
-    """Yields (label, row) for each row of a caption file, or each photo of a folder. A row is a dict with
-    the names above or, if unusable, a ValueError that says why: raising it here would end the generator."""
+    """Yields (label, row) for each row of a caption file, or each photo of a folder. A row is a dict with the
+    names above or, if unusable, a ValueError: yielded, as raising it would end the generator."""
     if os.path.isdir(path):
         yield from read_folder(path)
         return
@@ -155,8 +155,8 @@ def read_rows(path):
                 yield f'line {n}', read_json_line(line)
     else:
         data = json.loads(''.join(lines))
-        if isinstance(data, dict):
-            data = coco_rows(data)
+        if isinstance(data, dict):  # COCO captions, or a single row
+            data = coco_rows(data) if {'images', 'annotations'} <= {*data} else [data]
         for n, row in enumerate(data, 1):
             yield f'entry {n}', row
 
@@ -171,20 +171,17 @@ def read_json_line(line):
         return ValueError(f'not JSON ({e})')
 
 def coco_rows(data):
-    if not {'images', 'annotations'} <= {*data}:
-        raise ValueError('a JSON object must be COCO captions, with keys images and annotations')
     names = {str(image['id']): image['file_name'] for image in data['images']}
     for annotation in data['annotations']:
         yield dict(image=names.get(str(annotation.get('image_id'))), caption=annotation.get('caption'))
 
 def table_rows(lines):
-    """Yields the rows below a header. A value in double quotes may span lines; but if one of them looks like
-    a row of its own, the quote was never closed, and the row where it opens is unusable."""
-    n_read = 0  # lines, so far
+    """Yields the rows below a header. A value in double quotes may span lines; but if such a
+    line looks like a row itself, the quote was never closed, and the row where it opens is dropped."""
+    n_read = 1  # lines so far, the header's included
     if re.match('"?sep=', ''.join(lines[:1])):  # a hint for Excel, above the header
-        n_read = 1
-    header = ''.join(lines[n_read : n_read + 1])
-    n_read += 1
+        n_read = 2
+    header = ''.join(lines[n_read - 1 : n_read])
     style = dict(delimiter=max(',;\t|', key=header.count), skipinitialspace=True)
     names = [name.strip() for name in next(csv.reader([header], **style), [])]
     image_columns = [i for i, name in enumerate(names) if name.lower() in IMAGE_NAMES]
@@ -199,7 +196,7 @@ def table_rows(lines):
         while n_read < len(lines):
             n_read += 1
             yield lines[n_read - 1]
-    while n_read < len(lines):
+    while n_read < len(lines):  # a row may span several: lines[start:n_read]
         start = n_read
         try:
             values = next(csv.reader(remaining_lines(), **style))
@@ -210,11 +207,11 @@ def table_rows(lines):
                 row = ValueError('more values than columns: put texts with the separator in double quotes')
             if any(map(looks_like_a_row, lines[start + 1 : n_read])):
                 row = ValueError('a double quote is not closed')
-                n_read = start + 1  # the next line is read again
+                n_read = start + 1  # go on below the line where it opens
         except csv.Error as e:
             row = ValueError(e)
             n_read = start + 1
-        if row != {}:  # skip empty lines
+        if ''.join(lines[start:n_read]).strip():  # skip empty lines
             yield f'line {start + 1}', row
 
 def read_folder(path):
@@ -224,7 +221,7 @@ def read_folder(path):
         if os.path.isfile(os.path.join(path, name)):
             yield from read_rows(os.path.join(path, name))
             return
-    path_to_use = {}  # links to one file are one photo, or it could be trained on and held out
+    first_path = {}  # of each file: a link must not be trained on while its target is held out
     by_real_path = {}
     tables = []
     seen = set()
@@ -236,19 +233,19 @@ def read_folder(path):
         seen.add(os.path.realpath(folder))
         for file in [os.path.join(folder, name) for name in sorted(names)]:
             if is_picture(file):
-                path_to_use[file] = by_real_path.setdefault(os.path.realpath(file), file)
+                first_path[file] = by_real_path.setdefault(os.path.realpath(file), file)
             elif file.endswith(('.csv', '.tsv', '.json', '.jsonl', '.caption', 'captions.txt')):
                 tables.append(file)
-    beside = {photo: os.path.splitext(photo)[0] + '.txt' for photo in path_to_use}
+    beside = {photo: os.path.splitext(photo)[0] + '.txt' for photo in first_path}
     has_captions = any(map(os.path.isfile, beside.values()))
     if tables and not has_captions:
         raise ValueError(f'it contains {tables[0]}: set dataset to that file, or move it elsewhere')
-    classes = {os.path.dirname(os.path.relpath(photo, path)) for photo in path_to_use}
+    classes = {os.path.dirname(os.path.relpath(photo, path)) for photo in first_path}
     if len(classes) == 1 and not has_captions and '' not in classes:
-        print(f'{path}: no photo has a .txt file and all are in folder {classes.pop()}: its name is all '
-              'there is to learn', file=sys.stderr)
+        print(f'{path}: no photo has a .txt file and all are in folder {classes.pop()}: that is the '
+              'only text to learn', file=sys.stderr)
     for photo, file in beside.items():
-        row = dict(image=os.path.relpath(path_to_use[photo], path))
+        row = dict(image=os.path.relpath(first_path[photo], path))
         folder = os.path.dirname(os.path.relpath(photo, path))
         if is_unreadable_heic(photo):
             row = ValueError(HEIC_HELP)
@@ -309,7 +306,7 @@ def clean_text(value):
 
 class CaptionedImages:
     """Photos with their texts. An unreadable photo is reported and replaced by the next readable one."""
-    size = 1  # JPEGs are decoded at this many pixels per side or more; train.py sets it later
+    size = 1  # a JPEG is decoded at this many pixels per side or more; train.py sets it
 
     def __init__(self, texts, folder):
         self.names, self.texts = list(texts), list(texts.values())
@@ -328,7 +325,7 @@ class CaptionedImages:
         raise UserError(f'none of the {self.n_images} images in {self.folder} can be read')
 
 def find_images(path, image_dir=''):
-    """{image name: [(prompt, answer), ...]} of a caption file or a folder, for the images that exist, and the
+    """Reads a caption file or a folder -> {image name: [(prompt, answer), ...]} for the images found, and the
     folder they are in. Reports what was found and what was left out."""
     path = os.path.expanduser(path)
     texts = defaultdict(list)
@@ -349,18 +346,17 @@ def find_images(path, image_dir=''):
     check(n, f'{path} has no rows or photos')
     if unused:
         check(texts, f'{path}: none of its {n} rows can be used; the first: {unused[0]}')
-        print(f'{path}: {len(unused)} of {n} rows are skipped; the first: {unused[0]}', file=sys.stderr)
+        print(f'{path}: {len(unused)} of {n} rows skipped; the first: {unused[0]}', file=sys.stderr)
     own_folder = path if os.path.isdir(path) else os.path.dirname(path)
     folder = os.path.expanduser(image_dir) or own_folder or '.'
     for place in (folder, f'{folder}/images', f'{folder}/Images'):
         found = defaultdict(list)
         lost = []
         for name in texts:
-            file = name
-            if not os.path.isfile(os.path.join(place, name)):
-                file = name.replace('\\', '/')  # a path written on Windows
-            if os.path.isfile(os.path.join(place, file)):
-                found[file] += texts[name]
+            spellings = [name, name.replace('\\', '/')]  # the second for a path written on Windows
+            files = [file for file in spellings if os.path.isfile(os.path.join(place, file))]
+            if files:
+                found[files[0]] += texts[name]
             else:
                 lost.append(name)
         if found:
@@ -371,7 +367,7 @@ def find_images(path, image_dir=''):
         print(f'{path}: {len(lost)} of {len(texts)} images are missing, e.g. {lost[0]!r}', file=sys.stderr)
     name = [*found][0]
     total = sum(map(len, found.values()))
-    example = ' -> '.join(filter(None, found[name][0]))[:80]
+    example = ' '.join(' -> '.join(filter(None, found[name][0])).split())[:80]
     print(f'{path}: {len(found)} images with {total} texts, e.g. {name!r}: {example}')
     return dict(found), place
 
@@ -430,7 +426,7 @@ def open_table(path, pictures, prompt):
     check(path.endswith('.csv'), f'save={path} must end in .csv')
     def key(picture):  # its row without the answer
         name = os.path.relpath(picture, folder)
-        if os.path.realpath(os.path.join(folder, name)) != os.path.realpath(picture):  # '..' after a link
+        if os.path.realpath(os.path.join(folder, name)) != os.path.realpath(picture):  # '..' behind a link
             name = os.path.relpath(picture, os.path.realpath(folder))
         return (name, prompt) if prompt else (name,)
     for name, *_ in map(key, pictures):

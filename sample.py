@@ -28,12 +28,12 @@ batch_size = 16                  # pictures processed together
 num_samples = 1                  # answers per picture; use with temperature > 0
 max_new_tokens = 100             # maximum length of an answer, in tokens
 temperature = 0.0                # 0 = always the most likely token, 1 = unchanged distribution
-top_k = 0                        # sample from the k most likely tokens; 0 = from all
+top_k = 0                        # if temperature > 0, sample from the k most likely tokens; 0 = from all
 top_p = 0.9                      # sample from the top tokens with this total probability; 1 = all
 seed = time.time_ns() % 2**31    # for sampling; random by default
 device = 'auto'                  # 'auto', 'cpu', 'mps', 'cuda', 'cuda:1', ...
 dtype = 'auto'                   # 'auto', 'float32', 'bfloat16' or 'float16'
-compile = False                  # torch.compile: faster on a GPU after minutes; slower on a CPU
+compile = False                  # torch.compile: faster on a GPU, after minutes of compiling; not on a CPU
 
 # the model --------------------------------------------------------------------------------------------
 def report(message):
@@ -82,7 +82,7 @@ def stream_answer(model, tok, pixels, ids, options):
 
 def answer_in_batches(model, tok, paths, ids, options, failed):
     """Yields (path, answer), num_samples times for each picture; prints the time left."""
-    size = batch_size if num_samples == 1 else 1  # samples share the visual tokens of their picture
+    size = batch_size if num_samples == 1 else 1  # or one: its samples share its visual tokens
     began = time.time()
     for n in range(0, len(paths), size):
         batch = list(read_pictures(paths[n : n + size], model.cfg, ids.device, failed))
@@ -92,19 +92,19 @@ def answer_in_batches(model, tok, paths, ids, options, failed):
             rows = model.generate(torch.stack(pixels), rows, max_new_tokens, **options)
             for path, row in zip(names * num_samples, rows[:, len(ids) :].tolist()):
                 yield path, ' '.join(tok.decode(row).split())
-        left = max(0, len(paths) - n - size)
-        each = (time.time() - began) / (len(paths) - left)
-        if left:
+        left = len(paths) - n - size
+        if left > 0:
+            each = (time.time() - began) / (n + size)
             report(f'{left} pictures left, {each:.2f} s each: {left * each / 60:.1f} min')
 
 def draw_attention(model, tok, pixels, ids, said, picture, path):
-    """Saves the picture and, for each word, the visual tokens it attended to more than other words did."""
-    check(model.cfg.projection != 'perceiver', 'attention: Perceiver tokens have no position in the image')
+    """Saves the picture and, for each word, the visual tokens it attended to more than others did."""
+    check(said and model.cfg.projection != 'perceiver', 'attention needs an answer, and no Perceiver')
     layers = [block.attn for block in model.decoder.transformer.blocks]
     for attn in layers:
         attn.keep_map = True
     model(pixels[None], torch.cat([ids, ids.new_tensor(said)])[None])
-    maps = torch.cat([attn.attn_map for attn in layers]).float().mean(dim=(0, 1)).cpu()  # (query, key)
+    maps = torch.cat([attn.attn_map for attn in layers]).float().mean(dim=(0, 1)).cpu()  # over layers, heads
     side = math.isqrt(model.cfg.n_visual)
     rows = maps[-1 - len(said) : -1, : side**2]  # token i was predicted by query i - 1
     rows = rows / rows.sum(dim=1, keepdim=True)
@@ -114,7 +114,7 @@ def draw_attention(model, tok, pixels, ids, said, picture, path):
     tiles = [(picture, [])]
     for i, j in itertools.pairwise([*starts, len(said)]):  # a word may be several tokens
         word = tok.decode(said[i:j]).strip(' ,.')
-        if word not in 'a an and at in is of on the to with'.split():  # function words look everywhere
+        if word not in 'a an and at in is of on the to with'.split():  # these attend everywhere
             looked = rows[i:j].sum(dim=0) + 1e-9
             mask = TF.to_pil_image(0.7 * looked / looked.max()).resize(picture.size, Image.NEAREST)
             orange = Image.new('RGB', picture.size, 'orangered')
@@ -129,7 +129,7 @@ def main(argv=None):
     check(num_samples == 1 or temperature > 0, 'at temperature=0 all samples are the same')
     texts = [text.strip() for text in choices.split(',') if text.strip()]
     check(texts or not choices, f'choices={choices} must be comma-separated answers')
-    check(not texts or not (attention or save), 'choices cannot be combined with attention or save')
+    check(not texts or not (attention or save), 'choices do not work with attention or save')
     check(image or not save, 'save needs an image')
     where, precision = find_device(device, dtype)
     torch.manual_seed(seed)
@@ -160,7 +160,7 @@ def main(argv=None):
                 rank_choices(model, tok, pixels, ids, texts)
                 continue
             said = stream_answer(model, tok, pixels, ids, options)
-            if attention and said:
+            if attention:
                 draw_attention(model, tok, pixels, ids, said, path, map_path)
     else:
         for path, answer in answer_in_batches(model, tok, paths, ids, options, failed):

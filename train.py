@@ -23,14 +23,15 @@ init_from = 'scratch'            # 'scratch', 'resume', a .pt, 'pretrained' or e
 eval_interval = 1000             # steps between evaluations; each also saves a checkpoint
 log_interval = 50                # steps between log lines
 eval_iters = 20                  # held-out batches for the validation loss
-eval_samples = 200               # held-out items to answer; on shapes 16 times as many at the end; 0 = none
+eval_samples = 200               # held-out items to answer (at the end, 16 times as many on shapes); 0 = none
 eval_only = False                # with init_from=resume: evaluate, then exit
 overwrite = False                # allow replacing the checkpoint and the log in out_dir
 dataset = 'shapes'               # 'shapes', a caption file (.csv .tsv .txt .jsonl .json) or folder
-val_dataset = ''                 # likewise, for validation; '' = hold out 5% of dataset's images
+val_dataset = ''                 # the same, for validation; '' = hold out 5% of the images
 image_dir = ''                   # folder of the images; '' = the caption file's, or images/ in it
+val_image_dir = ''               # the same, for val_dataset; '' = image_dir
 blind = False                    # train on black images: a baseline that cannot see
-augment = False                  # random flips, crops, colors; not for texts that say left or right
+augment = False                  # random flips, crops and colors; wrong if texts say left or right
 num_workers = -1                 # data loading processes; 0 = none, -1 = automatic
 batch_size = 16                  # images per forward pass, across all processes
 texts_per_image = 10             # at most this many texts per image in a batch, chosen at random
@@ -46,7 +47,7 @@ optimizer = 'muon'               # 'muon' (for hidden matrices; AdamW for the re
 learning_rate = 1.2e-3           # peak, AdamW
 muon_lr = 0.012                  # peak, Muon
 max_iters = 1600                 # optimizer steps
-weight_decay = 0.4               # on the model's inner matrices only, not on embeddings
+weight_decay = 0.4               # of hidden matrices only, not of embeddings
 grad_clip = 1.0                  # maximum gradient norm; 0 = no clipping
 freeze = ''                      # parts to freeze, e.g. vision,decoder
 lr_scale = ''                    # learning rate factors, e.g. vision=0.1,decoder=0.1
@@ -55,7 +56,7 @@ min_lr = 0.0                     # at max_iters, as a fraction of the peak (in n
 device = 'auto'                  # 'auto', 'cpu', 'mps', 'cuda', 'cuda:1', ...
 dtype = 'auto'                   # 'auto', 'float32', 'bfloat16', 'float16' (with loss scaling)
 grad_checkpointing = False       # recompute activations in backward: less memory, slower
-compile = False                  # torch.compile: faster on a GPU after minutes; no gain on a CPU
+compile = False                  # torch.compile: faster on a GPU, after minutes of compiling; not on a CPU
 seed = 1337                      # for initialization, data order and scenes
 
 # device -----------------------------------------------------------------------------------------------
@@ -63,7 +64,7 @@ def find_device(device, dtype):
     """Resolves the settings device and dtype -> torch.device, name of the dtype"""
     found = torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')
     try:
-        where = torch.device(str(found) if device == 'auto' else device)
+        where = torch.device(device.replace('auto', str(found)))
         if where.type == 'cuda':
             torch.cuda.set_device(where.index or int(os.environ.get('LOCAL_RANK', 0)))
         torch.empty(1, device=where)
@@ -86,13 +87,14 @@ def check_compiler():
 def make_datasets():
     """The training and validation sets. Held out: val_dataset, or 5% of the images, chosen by name."""
     if dataset == 'shapes':
-        check(not val_dataset, 'val_dataset is for photos: set --dataset to photos, too')
+        check(not val_dataset, 'val_dataset needs a --dataset of photos')
         return Shapes('train', seed), Shapes('val', seed)
     texts, folder = find_images(dataset, image_dir)
     if val_dataset:
-        return CaptionedImages(texts, folder), CaptionedImages(*find_images(val_dataset, image_dir))
-    check(len(texts) > 1, f'dataset={dataset}: needs at least two images, as one is held out')
-    # ordered by a hash of the name (ascii: it may not be UTF-8), so adding images moves few to the other side
+        held_out = find_images(val_dataset, val_image_dir or image_dir)
+        return CaptionedImages(texts, folder), CaptionedImages(*held_out)
+    check(len(texts) > 1, f'dataset={dataset}: needs at least two images: one is held out')
+    # ordered by a hash of the name (ascii: it may not be UTF-8): adding images moves few between the sets
     in_order = sorted(texts, key=lambda name: random.Random(ascii(name)).random())
     val_texts = {name: texts.pop(name) for name in in_order[: math.ceil(len(texts) / 20)]}
     return CaptionedImages(texts, folder), CaptionedImages(val_texts, folder)
@@ -102,8 +104,7 @@ def make_transform(cfg, augment=False):
     steps = [image_transform(cfg)]
     if augment:
         crop = transforms.RandomResizedCrop((cfg.image_size, cfg.image_size), scale=(0.7, 1.0))
-        jitter = transforms.ColorJitter(0.2, 0.2, 0.2)
-        steps = [transforms.RandomHorizontalFlip(), crop, jitter, *steps]
+        steps = [transforms.RandomHorizontalFlip(), crop, transforms.ColorJitter(0.2, 0.2, 0.2), *steps]
     if blind:
         steps.append(torch.zeros_like)
     return transforms.Compose(steps)
@@ -113,18 +114,18 @@ class Batches(torch.utils.data.Dataset):
     Each process builds its own share of a batch."""
     def __init__(self, data, cfg, tokenizer, rank=0, world=1, augment=False):
         self.data, self.cfg, self.tokenizer = data, cfg, tokenizer
-        self.share = slice(rank, None, world)
-        self.settings = (seed, batch_size, texts_per_image)  # a spawned worker has only defaults
+        self.part = slice(rank, None, world)
+        self.settings = (seed, batch_size, texts_per_image)
         self.transform = make_transform(cfg, augment)
 
     def __getitem__(self, n):
-        seed, batch_size, texts_per_image = self.settings
+        seed, batch_size, texts_per_image = self.settings  # a spawned worker has defaults
         epoch, n = divmod(n, max(1, self.data.n_images // batch_size))
         order = torch.randperm(self.data.n_images, generator=torch.Generator().manual_seed(seed + epoch))
-        rng = random.Random(f'{seed} {epoch} {n} {self.share}')
+        rng = random.Random(f'{seed} {epoch} {n} {self.part}')
         torch.manual_seed(rng.randrange(2**60))  # for the augmentation
         items = []
-        for i in order[n * batch_size : (n + 1) * batch_size][self.share].tolist():
+        for i in order[n * batch_size : (n + 1) * batch_size][self.part].tolist():
             image, texts = self.data[i]
             items.append((image, rng.sample(texts, len(texts))[:texts_per_image]))
         return collate(items, self.cfg, self.tokenizer, self.transform)
@@ -133,35 +134,33 @@ def ignore_signals(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process shuts its workers down
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-def load(batches, numbers, device):
-    """Yields the batches with these numbers, on the device."""
+def load(batches, numbers, where):
+    """Yields the batches with these numbers, on the device where."""
     workers = num_workers
-    if workers < 0:
-        workers = min(8, os.cpu_count())
-        if dataset == 'shapes' and device.type == 'cpu':  # drawing takes little time next to a step
-            workers = 0
+    if workers < 0:  # drawing a scene takes little time next to a step on a CPU
+        workers = 0 if dataset == 'shapes' and where.type == 'cpu' else min(8, os.cpu_count())
     if workers and os.path.isdir('/dev/shm'):  # holds up to three batches from each worker
         needed = 3 * workers * batch_size * 3 * batches.cfg.image_size**2
         free = shutil.disk_usage('/dev/shm').free
-        check(free > needed, f'{workers} workers need {needed >> 20} MB in /dev/shm, but only {free >> 20} '
-                             'is free: try docker run --shm-size=1g, or --num_workers=0')
+        check(free > needed, f'{workers} workers need {needed >> 20} MB in /dev/shm, and {free >> 20} MB are '
+                             'free: try docker run --shm-size=1g, or --num_workers=0')
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=numbers, num_workers=workers,
-        worker_init_fn=ignore_signals, pin_memory=device.type == 'cuda'))
-    if workers:  # they ignore SIGTERM, so at exit Python would wait for them forever
+        worker_init_fn=ignore_signals, pin_memory=where.type == 'cuda'))
+    if workers:  # they ignore SIGTERM: without this, Python's exit would wait for them forever
         atexit.register(loader._shutdown_workers)
     try:
         for batch in loader:
-            yield [None if x is None else x.to(device, non_blocking=True) for x in batch]
-        if workers:  # they have ended; atexit would keep their pipes open until the run ends
+            yield [None if x is None else x.to(where, non_blocking=True) for x in batch]
+        if workers:  # they have ended; if still registered, each evaluation would leave open pipes
             atexit.unregister(loader._shutdown_workers)
-    except UserError as e:  # a worker's contains its traceback: keep what follows
+    except UserError as e:  # from a worker, the message follows a traceback
         raise UserError(str(e).split('UserError: ')[-1].strip()) from e
 
 def report_cut_texts(groups, cfg, tokenizer):
     """Reports how many texts are too long for block_size, or else how many images have too many texts."""
     room = cfg.block_size - cfg.n_visual
-    endless = replace(cfg, block_size=10**9)  # in which no prompt is cut
+    endless = replace(cfg, block_size=10**9)  # with room for any prompt
     cut = needed = crowded = needed_together = 0  # needed: tokens after the image
     for texts in groups:
         lengths = []
@@ -169,17 +168,17 @@ def report_cut_texts(groups, cfg, tokenizer):
             asked = len(encode_prompt(tokenizer, endless, prompt))
             length = asked + len(encode_answer(tokenizer, cfg, answer)) - 1  # the last isn't fed in
             lengths.append(length)
-            needed = max(needed, length, 2 * asked)  # a prompt may fill half the room
+            needed = max(needed, length, 2 * asked)  # a prompt is cut to half of the room
             cut += max(length, 2 * asked) > room
         together = sum(sorted(lengths)[-texts_per_image:])  # the longest that a batch can choose
         needed_together = max(needed_together, together)
         crowded += together > room
     if cut:
         print(f'{cut} of {sum(map(len, groups))} texts are too long and will be cut: '
-              f'--block_size={cfg.n_visual + needed} makes room')
-    elif crowded and dataset != 'shapes':  # its texts are many and short: a random choice will do
-        print(f'{crowded} of {len(groups)} images have more texts than fit in a sequence; the last are cut: '
-              f'--block_size={cfg.n_visual + needed_together} makes room, or fewer --texts_per_image')
+              f'--block_size={cfg.n_visual + needed} in a new run makes room')
+    elif crowded and dataset != 'shapes':  # a scene has many short texts: any will do
+        print(f'{crowded} of {len(groups)} images have more texts than fit a sequence; the last are cut: '
+              f'fewer --texts_per_image or, in a new run, --block_size={cfg.n_visual + needed_together} help')
 
 # optimizers -------------------------------------------------------------------------------------------
 class Muon(torch.optim.Optimizer):
@@ -190,8 +189,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             params = group['params']
             grads = torch.stack([p.grad.flatten(1) for p in params])  # (n,rows,columns)
-            mean = self.state[params[0]].setdefault('mean', torch.zeros_like(grads))  # over the steps
-            mean.lerp_(grads, 0.1)  # momentum 0.9: at the usual 0.95 the small presets learn later
+            mean = self.state[params[0]].setdefault('mean', torch.zeros_like(grads))  # the group's
+            mean.lerp_(grads, 0.1)  # momentum 0.9: 0.95 is usual, but slows the small presets
             updates = orthogonalize(grads.lerp(mean, 0.9))  # Nesterov: one step ahead
             scale = math.sqrt(max(1, updates.size(1) / updates.size(2)))
             for p, update in zip(params, updates):
@@ -203,7 +202,7 @@ def orthogonalize(x):
     if x.size(1) > x.size(2):
         return orthogonalize(x.mT).mT
     y = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    if dtype == 'bfloat16':  # the setting: main has resolved 'auto'
+    if dtype == 'bfloat16':  # main has replaced 'auto'
         y = y.bfloat16()
     for _ in range(5):  # y <- 3.4445 y + (-4.775 a + 2.0315 a^2) y
         a = y @ y.mT
@@ -212,13 +211,13 @@ def orthogonalize(x):
     return y.to(x.dtype)
 
 def make_optimizers(model):
-    """Muon for the matrices inside the model; AdamW for embeddings, positions, the first convolution, norms
-    and biases, or for everything. Weight decay applies only to matrices inside the model."""
+    """Muon for hidden matrices; AdamW for embeddings, positions, the first convolution, norms and biases, or
+    for everything. Weight decay applies to hidden matrices only."""
     parts = ['vision', 'projection', 'decoder']
     frozen = re.findall(r'\w+', freeze)
     check(set(frozen) < set(parts), f'freeze={freeze}: expected one or two of {", ".join(parts)}')
     scales = dict(re.findall(r'(\w+)=(\d*\.?\d+(?:e-?\d+)?)', lr_scale))
-    understood = ','.join(map('='.join, scales.items())) == lr_scale.replace(' ', '')  # all of it was found
+    understood = ','.join(map('='.join, scales.items())) == lr_scale.replace(' ', '')  # nothing was skipped
     check(understood and set(scales) <= set(parts), f'lr_scale={lr_scale}: expected e.g. vision=0.1')
     check(optimizer in ('muon', 'adamw'), f'optimizer={optimizer} must be muon or adamw')
     groups = defaultdict(list)  # by matrix shape (None: for AdamW), rate factor, has weight decay
@@ -254,7 +253,7 @@ def choose_items(data, n, kind=''):
         image, texts = data[i]
         texts = [(q, a) for q, a in texts if not kind or (kind == 'question') == bool(q)]
         if texts:
-            items.append((image, [texts[len(items) % len(texts)]]))  # the nth item is asked its nth text
+            items.append((image, [texts[len(items) % len(texts)]]))  # the nth item gets its nth text
     return items
 
 def exact_answers(model, tok, items, title):
@@ -297,12 +296,12 @@ def draw_samples(model, tok, items, path):
     contact_sheet(tiles, path, columns=3, width=320, lines=6)
 
 @torch.no_grad()
-def evaluate(model, batches, step, last, device):
+def evaluate(model, batches, step, last, where):
     """Prints losses and exact answers on held-out data, draws samples.png -> the numbers for log.csv"""
     model.eval()
     data, tok = batches.data, batches.tokenizer
     own = swapped = count = 0
-    for images, ids, targets, positions in load(batches, range(eval_iters), device):
+    for images, ids, targets, positions in load(batches, range(eval_iters), where):
         n = (targets != -100).sum().item()
         # swapped: each text with the image of its neighbor in the batch
         own += n * model(images, ids, targets, positions)[1].item()
@@ -311,7 +310,7 @@ def evaluate(model, batches, step, last, device):
     own, swapped, share = own / count, swapped / count, math.nan
     gain = f'with images swapped {swapped:.4f}, image gain {swapped - own:.4f}'
     if len(images) == 1:  # of the last batch
-        gain = 'image gain unknown: it needs two images per batch'
+        gain = 'image gain unknown: it needs two held-out images in a batch'
     print(f'step {step}: held-out loss {own:.4f}, {gain}')
     if eval_samples:
         share = exact_answers(model, tok, choose_items(data, eval_samples), 'held-out items')
@@ -337,7 +336,7 @@ def make_model(texts):
         names = dict(base='siglip-b-16,gpt2', nanovlm='siglip-b-16,smollm2-135m').get(preset)
         check(names, 'init_from=pretrained needs --preset=base or nanovlm')
     published = {}
-    for name in [name.strip() for name in names.split(',') if names != 'scratch']:  # else none
+    for name in [part.strip() for part in names.split(',') if part != 'scratch']:
         config = read_config(name)
         if 'text' in config and os.path.isfile(os.path.expanduser(f'{name}/tokenizer.json')):
             config['tokenizer'] = name  # nanoVLM's config.json names a repository instead
@@ -346,7 +345,7 @@ def make_model(texts):
     tok = Tokenizer.make(tokenizer or cfg['tokenizer'], texts, vocab_size or cfg['vocab_size'])
     if 'text' not in published:  # a published decoder fixes its vocab_size
         cfg['vocab_size'] = tok.vocab_size
-    known = 'text' not in published or tok.name not in ('bytes', 'bpe')  # else ids mean other tokens
+    known = 'text' not in published or tok.name not in ('bytes', 'bpe')  # a new one has other ids
     check(known and tok.vocab_size <= cfg['vocab_size'], f'tokenizer={tok.name} does not fit the decoder')
     chosen = dict(image_size=image_size, block_size=block_size, projection=projection)
     cfg |= {name: value for name, value in chosen.items() if value}
@@ -374,20 +373,20 @@ def main(argv=None):
     path = f'{folder}/ckpt.pt'
 
     # 2. a resumed run keeps its settings, except those given on the command line, which override again
-    step = 0  # optimizer steps done so far
+    checkpoint = {}
     if init_from == 'resume':
         model, tok, checkpoint = load_checkpoint(path)
-        step = checkpoint['step']
         for name, value in checkpoint['settings'].items():  # unless removed or of another type now
             if name not in ('out_dir', 'init_from') and type(value) is type(settings.get(name)):
                 globals()[name] = value
-        fixed = 'preset tokenizer vocab_size image_size block_size projection dropout freeze lr_scale'
-        kept = {name: globals()[name] for name in ['optimizer', *fixed.split()]}
+        before = dict(globals())
         settings = override(globals(), argv)
-        for name in kept:
-            check(settings[name] == kept[name], f'{name}={settings[name]} cannot change when resuming')
+        fixed = 'preset tokenizer vocab_size image_size block_size projection dropout freeze lr_scale'
+        for name in ['optimizer', *fixed.split()]:
+            check(settings[name] == before[name], f'{name}={settings[name]} cannot change when resuming')
     elif os.path.exists(path):
         check(overwrite, f'{path} exists: --init_from=resume continues, --overwrite replaces it')
+    step = checkpoint.get('step', 0)  # optimizer steps done so far
     check(not augment or dataset != 'shapes', 'augment would make the texts of shapes wrong')
     try:
         os.makedirs(folder, exist_ok=True)
@@ -398,24 +397,24 @@ def main(argv=None):
     where, dtype = find_device(device, dtype)
     rank = int(os.environ.get('RANK', 0))
     world = int(os.environ.get('WORLD_SIZE', 1))
-    if rank > 0:  # only rank 0 prints
+    if rank > 0:  # only rank 0 prints (but each reports errors to stderr)
         sys.stdout = open(os.devnull, 'w')
     if world > 1:
         dist.init_process_group(timeout=datetime.timedelta(hours=2))  # time for rank 0 to evaluate
         atexit.register(dist.destroy_process_group)  # or its threads may abort the process at exit
-    precision = torch.autocast(where.type, getattr(torch, dtype), enabled=dtype != 'float32')
+    autocast = torch.autocast(where.type, getattr(torch, dtype), enabled=dtype != 'float32')
     scaler = torch.amp.GradScaler(where.type, enabled=dtype == 'float16')
     torch.set_float32_matmul_precision('high')
     torch.manual_seed(seed)
 
     # 4. data and model
     train_set, val_set = make_datasets()
-    in_batch = min(batch_size, train_set.n_images)
-    check(in_batch >= world, f'{in_batch} images per batch: each of the {world} processes needs at least one')
-    groups = train_set.texts if dataset != 'shapes' else [train_set[i][1] for i in range(400)]
+    n_images = min(batch_size, train_set.n_images)  # in a batch
+    check(n_images >= world, f'{n_images} images per batch: each of the {world} processes needs at least one')
+    all_texts = train_set.texts if dataset != 'shapes' else [train_set[i][1] for i in range(400)]
     if init_from != 'resume':
-        model, tok = make_model([' '.join(text) for group in groups for text in group])
-    report_cut_texts(groups[:5000], model.cfg, tok)  # more would take minutes
+        model, tok = make_model([' '.join(text) for texts in all_texts for text in texts])
+    report_cut_texts(all_texts[:5000], model.cfg, tok)  # more would take minutes
     train_set.size = val_set.size = int(1.4 * model.cfg.image_size)  # room for augment's crops
     model.to(where, memory_format=torch.channels_last)  # convolutions are faster in this format
     for module in model.modules():
@@ -440,7 +439,7 @@ def main(argv=None):
     # 6. the log; a signal stops the run after its step
     log_path = f'{folder}/log.csv' if rank == 0 and not eval_only else os.devnull
     rows = []
-    if step and os.path.exists(log_path):  # drop the rows after the last save: they are done again
+    if step and os.path.exists(log_path):  # drop rows after the last save
         with open(log_path, encoding='utf-8', errors='replace') as f:
             rows = [row.rstrip() + '\n' for row in f if int(re.match(r'\d*', row)[0] or 0) <= step]
     log = open(log_path, 'w', buffering=1)
@@ -450,27 +449,27 @@ def main(argv=None):
         stopped.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second one kills the process at once
         with contextlib.suppress(OSError):  # Ctrl-C also ends the tee in `2>&1 | tee log.txt`
-            os.write(2, b'stopping after this step\n')  # print could fail in a signal handler
+            os.write(2, b'stopping soon; a second signal stops at once\n')  # print could fail here
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f'{size:.2f}M parameters, {tok.vocab_size} tokens, {where}, {dtype}')
+    size = sum(map(torch.numel, model.parameters()))
+    print(f'{size / 1e6:.2f}M parameters, {tok.vocab_size} tokens, {where}, {dtype}')
     losses = []
     skipped = 0
-    start_step = step
-    since = began = time.time()
+    since = time.time()  # start of a log interval
+    began = since - checkpoint.get('seconds', 0)  # of the whole run
     while True:
         # 7. save and evaluate, periodically and at the end; a signal to one process stops all
         halt = torch.tensor(len(stopped), device=where)
         if world > 1:
             dist.all_reduce(halt)
-        last = bool(halt) or step >= max_iters or eval_only
-        due = step % eval_interval == 0 and step > start_step
+        last = bool(halt) or step >= max_iters or eval_only or skipped == 20
+        due = step % eval_interval == 0 and step > checkpoint.get('step', 0)
         if rank == 0 and (last or due):
             pause = time.time()
             if not eval_only:
-                state = dict(step=step, settings=settings, scaler=scaler.state_dict())
-                state['optimizers'] = [o.state_dict() for o in optimizers]
+                state = dict(step=step, seconds=time.time() - began, settings=settings)
+                state |= dict(scaler=scaler.state_dict(), optimizers=[o.state_dict() for o in optimizers])
                 try:
                     save_checkpoint(path, model, tok, **state)
                 except UserError as e:  # the disk is full, perhaps: the next save may succeed
@@ -478,10 +477,10 @@ def main(argv=None):
                     print(f'step {step}: {e}')
             if not halt:
                 try:
-                    with precision:
+                    with autocast:
                         own, swapped, share = evaluate(model, val_batches, step, last, where)
                     print(f'{step},{time.time() - began:.1f},,{own:.5f},{swapped:.5f},{share:.4f}', file=log)
-                except UserError as e:  # no held-out image can be read
+                except (UserError, OSError) as e:  # an unreadable image, a full disk
                     print(f'step {step}: not evaluated: {e}')
             since += time.time() - pause  # this was not training time
         if last:
@@ -496,7 +495,7 @@ def main(argv=None):
             model.get_submodule(part).eval()  # keeps its batch norm statistics fixed, too
         for n, batch in enumerate(step_batches, 1):
             net.require_backward_grad_sync = n == len(step_batches)  # DDP: on the last batch only
-            with precision:
+            with autocast:
                 loss = net(*batch)[1] / len(step_batches)
             scaler.scale(loss).backward()
             losses.append(loss.detach())
@@ -516,7 +515,6 @@ def main(argv=None):
             for buffer, before in zip(model.buffers(), buffers):
                 buffer.copy_(before)
             print(f'step {step}: the gradient is not finite, so the step is skipped')
-            check(skipped < 20, f'{skipped} steps in a row were skipped: try --dtype=float32 or lower rates')
         scaler.update()
         model.zero_grad()
         step += 1
@@ -526,21 +524,23 @@ def main(argv=None):
             n = len(losses) / gradient_accumulation_steps  # steps since the last line
             loss = sum(losses).item() / n
             seconds = (time.time() - since) / n
-            images = in_batch * gradient_accumulation_steps / seconds
-            print(f'step {step}/{max_iters}: loss {loss:.4f}, {seconds * 1000:.0f} ms, '
-                  f'{images:.0f} images/s, {(max_iters - step) * seconds / 60:.1f} min left', flush=True)
-            print(f'{step},{time.time() - began:.1f},{loss:.5f},,,', file=log)
+            images = n_images * gradient_accumulation_steps / seconds
+            with contextlib.suppress(OSError):  # a full disk or a closed pipe must not end the run
+                print(f'step {step}/{max_iters}: loss {loss:.4f}, {seconds * 1000:.0f} ms, '
+                      f'{images:.0f} images/s, {(max_iters - step) * seconds / 60:.1f} min left', flush=True)
+                print(f'{step},{time.time() - began:.1f},{loss:.5f},,,', file=log)
             losses = []
             since = time.time()
+    check(skipped < 20, '20 steps in a row were skipped: resume with float32 or lower rates')
     if halt:
         print(f'stopped at step {step}: continue with --init_from=resume --out_dir={shlex.quote(out_dir)}')
     else:
-        command = f'python sample.py --out_dir={shlex.quote(out_dir)}'
+        command = ['python', 'sample.py', f'--out_dir={out_dir}']
         if dataset != 'shapes':
-            command += f' --image={shlex.quote(os.path.join(val_set.folder, val_set.names[0]))}'
+            command.append(f'--image={os.path.join(val_set.folder, val_set.names[0])}')
             question = val_set.texts[0][0][0]
-            command += f' --prompt={shlex.quote(question)}' if question else ''
-        print(f'{step} steps, {time.time() - began:.0f} s. Next: {command}')
+            command += [f'--prompt={question}'] if question else []
+        print(f'{step} steps, {time.time() - began:.0f} s. Next: {shlex.join(command)}')
 
 if __name__ == '__main__':
     sys.stdout.reconfigure(errors='replace')  # for texts and names a terminal cannot show

@@ -770,8 +770,8 @@ def learn_bpe(texts, n_tokens):
 def open_image(path, size):
     """An image file as 8-bit RGB, upright. A JPEG may be decoded smaller, but never below size."""
     try:
-        with warnings.catch_warnings(action='ignore'), Image.open(path) as image:  # about huge images
-            image.draft('RGB', (size, size))
+        with open(path, 'rb') as f, warnings.catch_warnings(action='ignore'), Image.open(f) as image:
+            image.draft('RGB', (size, size))  # (given the path, Pillow 13 can lose a TIFF's orientation)
             return to_rgb(image)
     except Exception as e:  # broken files make Pillow raise almost anything
         raise UserError(f'{path} is not a readable image ({e!r})') from e
