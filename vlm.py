@@ -15,9 +15,9 @@ A minimal vision-language model: an image and a question go in, words come out.
     ids = model.generate(image[None], prompt, temperature=0, stop=tokenizer.end)
     print(tokenizer.decode(ids[0, prompt.size(1):]))
 
-Sections 1 to 7 are the model. 8 to 11 (files, tokenizers, images, command line) can be skipped at first.
+Sections 1 to 7 are the model. 8 to 11 (files, tokenizers, images, command line) can wait, but see collate.
 Shapes: B batch, P pixels per side, N visual and T text tokens, S = N + T, C channels, V vocabulary.
-In attention: L queries, S keys (with a cache, old and new), H heads, G key/value heads, D channels each
+In attention: L queries, S keys (cached and new), H heads, G key/value heads, D channels each.
 """
 import argparse, codecs, contextlib, difflib, json, math, mmap, os, re, sys, urllib.request, warnings
 from collections import Counter
@@ -45,7 +45,7 @@ class TransformerConfig:  # one stack of blocks: vision encoder or language deco
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    n_kv_head: int = 0           # key/value heads; fewer (grouped queries) shrink the cache; 0 = n_head
+    n_kv_head: int = 0           # key/value heads, to shrink the cache (grouped queries); 0 = n_head
     n_hidden: int = 0            # width inside the MLP; 0 = 4 * n_embd
     norm: Literal['layer', 'rms'] = 'layer'
     norm_eps: float = 1e-6
@@ -61,7 +61,7 @@ class TransformerConfig:  # one stack of blocks: vision encoder or language deco
         divisible = min(C, H, G) > 0 and C % H == 0 and H % G == 0
         check(divisible, f'n_embd={C} must be divisible by n_head={H}, and n_head by n_kv_head={G}')
         check(self.position == 'learned' or (C // H) % 2 == 0, f'RoPE: n_embd/n_head={C // H} must be even')
-        check(0 < self.n_layer < 200, f'n_layer={self.n_layer} must be in 1..199')
+        check(0 < self.n_layer < 200, f'n_layer={self.n_layer} must be in 1..199')  # damaged file?
         check(0 <= self.dropout < 1, f'dropout={self.dropout} must be in [0, 1)')
 
 @dataclass(frozen=True)
@@ -113,11 +113,11 @@ GPT2 = TransformerConfig(n_layer=12, n_head=12, n_embd=768, activation='gelu_tan
 LLAMA = TransformerConfig(norm='rms', norm_eps=1e-5, activation='swiglu', position='rope', bias=False)
 SMOLLM2_135M = replace(LLAMA, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536, rope_base=1e5)
 SLIM = TransformerConfig(n_layer=4, n_head=8, n_embd=128, bias=False)
-COMMON = dict(image_size=64, patch_size=8, stem='conv', projection='pixel_shuffle', input_norm=True)
-PRESETS = {  # visual tokens (N,C): (16,128) in tiny and small, (196,768) in base, (49,576) in nanovlm
-    'tiny': VLMConfig(replace(SLIM, n_layer=1), SLIM, vocab_size=512, block_size=112, **COMMON),
+SMALL = dict(image_size=64, patch_size=8, stem='conv', projection='pixel_shuffle', input_norm=True)
+PRESETS = {  # visual tokens (N,C): tiny and small (16,128), base (196,768), nanovlm (49,576)
+    'tiny': VLMConfig(replace(SLIM, n_layer=1), SLIM, vocab_size=512, block_size=112, **SMALL),
     'small': VLMConfig(replace(SLIM, n_layer=1, n_head=4, dropout=0.1), replace(SLIM, n_head=4, dropout=0.1),
-                       vocab_size=4096, block_size=160, **COMMON),
+                       vocab_size=4096, block_size=160, **SMALL),
     'base': VLMConfig(SIGLIP_B, GPT2, tokenizer='gpt2'),
     'nanovlm': VLMConfig(SIGLIP_B, SMOLLM2_135M, projection='pixel_shuffle', vocab_size=49152,
                          tokenizer='HuggingFaceTB/cosmo2-tokenizer', prompt_template='Question: {} Answer:',
@@ -139,8 +139,8 @@ def rope_cos_sin(cfg, pos):
     return torch.stack([angle.cos(), angle.sin()])  # (2,B,1,L,D/2)
 
 def apply_rope(x, rope):
-    """Rotary position embedding (arXiv 2104.09864): rotates the channel pairs (i, i + D/2) of x, queries
-    (B,H,L,D) or keys (B,G,L,D): positions affect q.k only by their distance. (The paper pairs 2i, 2i + 1.)"""
+    """Rotary position embedding (arXiv 2104.09864): turns each channel pair (i, i + D/2) of x (B,H or G,L,D)
+    by its angle, so q.k depends on positions only by their distance. (The paper pairs 2i and 2i + 1.)"""
     cos, sin = rope.to(x.dtype)  # each (B,1,L,D/2) or (1,1,L,D/2): all heads rotate alike
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -154,7 +154,7 @@ def attend(q, k, v, mask=None):
     att = F.softmax(att, dim=-1)
     return att @ v, att  # (B,H,L,S) x (B,H,S,D) -> (B,H,L,D)
 
-def avoid_fused_attention(q):  # SDPA trains slowly in bf16 on CPUs and has bugs on MPS
+def avoid_fused_attention(q):  # SDPA is slow to train in bf16 on CPUs, and buggy on MPS
     slow_on_cpu = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad
     return slow_on_cpu or (q.is_mps and torch.__version__ < (2, 13))  # TorchVersion compares with tuples
 
@@ -196,7 +196,7 @@ class Attention(nn.Module):
         if self.group_size > 1:  # (B,G,S,D) -> (B,H,S,D)
             k = k.repeat_interleave(self.group_size, dim=1)
             v = v.repeat_interleave(self.group_size, dim=1)
-        # one new token may see all keys, as none comes later; a given mask (packed_mask) is causal already
+        # one new token may see every key, since none comes later; a given mask must already be causal
         is_causal = x.size(1) > 1 and mask is None and self.causal
         if self.keep_map or avoid_fused_attention(q):
             if is_causal:  # then the cache was empty (see the assert), so L = S
@@ -297,7 +297,7 @@ class MultimodalProjection(nn.Module):
             self.proj = nn.Sequential(nn.Linear(n_in, n_hidden), nn.GELU(), nn.Linear(n_hidden, n_out))
         else:  # one linear map; as in nanoVLM, pixel_shuffle has no bias
             self.proj = nn.Linear(n_in, n_out, bias=self.kind != 'pixel_shuffle')
-        if self.kind == 'perceiver':  # Flamingo's (2204.14198), but latents only see features
+        if self.kind == 'perceiver':  # Flamingo's (2204.14198), but no latent attends to a latent
             self.norm = make_norm(cfg.text)  # for the features: a Block does not normalize its context
             self.latents = nn.Parameter(0.02 * torch.randn(cfg.n_latents, n_out))
             self.resampler = Transformer(replace(cfg.text, n_layer=2))  # not causal; gets no rope
@@ -327,7 +327,7 @@ class LanguageDecoder(nn.Module):
     def head(self, h):
         return F.linear(h, self.embedding.weight)  # (...,C) -> (...,V): one dot product per id
     def forward(self, x, pos, mask=None, caches=None):
-        """x (B,S,C) at the positions pos (B,S), or (1,S) for all -> hidden states (B,S,C), ready for head."""
+        """x (B,L,C) at positions pos (B,L), or (1,L) for all -> hidden states (B,L,C), ready for head."""
         x = self.input_norm(x)
         if self.cfg.position == 'learned':
             x = x + self.position_embedding[pos]
@@ -363,15 +363,15 @@ class MinimalVLM(nn.Module):
             for block in stack.blocks:
                 for layer in (block.attn.out, block.mlp.down):  # these add to the residual stream
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
-        # q and k start as one W, so each head scores how similar two tokens are: summed over the heads,
-        # (Wx).(Wy) is about 0.7^2 x.y (arXiv 2305.09828). Small models learn sooner what words refer to.
+        # q and k start as one W: each head scores similarity. Summed over heads, (Wx).(Wy) is about 0.49 x.y
+        # (arXiv 2305.09828). Small models then learn sooner what words refer to.
         for attn in [*self.vision.modules(), *self.decoder.modules()]:
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
                 nn.init.normal_(attn.k.weight, std=0.7 / math.sqrt(attn.k.in_features))
                 attn.q.weight.data.copy_(attn.k.weight)
 
     def embed(self, images, ids):
-        """Visual tokens, then text, (B,N+T,C). images: uint8 (B,3,P,P), (1,3,P,P) for all rows, or None."""
+        """Visual tokens, then text, (B,N+T,C). images: uint8 (B,3,P,P), (1,3,P,P) shared by all, or None."""
         x = self.decoder.embedding(ids)  # text, (B,T,C)
         if images is not None:
             pixels = images.to(x.dtype) / 255
@@ -383,16 +383,16 @@ class MinimalVLM(nn.Module):
 
     def forward(self, images, ids, targets=None, positions=None):
         """images and ids as for embed. targets (B,T): the next token after each id, or -100 where not scored.
-        positions (B,T): each token's index within its own text; required when a row packs several texts.
-        Without targets -> all logits (B,T,V), None. Else only the scored ones (n_scored,V), mean loss."""
+        positions (B,T): each token's index within its own text; required when a row packs texts.
+        -> all logits (B,T,V) and None; or, with targets, the scored logits (n_scored,V) and the mean loss."""
         x = self.embed(images, ids)  # (B,S,C)
         N = x.size(1) - ids.size(1)
-        seq_pos = torch.arange(x.size(1), device=x.device)[None]  # (1,S): 0, 1, 2, ...
+        pos = torch.arange(x.size(1), device=x.device)[None]  # (1,S): 0, 1, 2, ...; for the decoder
         mask = None
-        if positions is not None:  # packed: each text's positions begin at N, as if it were alone
-            seq_pos = torch.cat([seq_pos[:, :N].expand(len(ids), -1), N + positions], dim=1)  # (B,S)
+        if positions is not None:  # packed: each text begins at pos N, as if it were alone
+            pos = torch.cat([pos[:, :N].expand(len(ids), -1), N + positions], dim=1)  # (B,S)
             mask = packed_mask(positions, N)
-        h = self.decoder(x, seq_pos, mask)[:, N:]  # (B,T,C), without the visual positions
+        h = self.decoder(x, pos, mask)[:, N:]  # (B,T,C), without the visual positions
         if targets is None:
             return self.decoder.head(h), None
         is_scored = targets != -100  # skip the head for unscored positions: V is large
@@ -401,8 +401,8 @@ class MinimalVLM(nn.Module):
 
     @torch.inference_mode()
     def stream(self, images, ids, max_new_tokens=50, temperature=1.0, top_p=1.0, top_k=0, stop=-1):
-        """Yields the next tokens (B,1), until all rows are done. ids (B,T): prompts, all of one length;
-        images as for embed. Call eval() first. A row that has produced stop (-1: never) repeats it."""
+        """Yields tokens (B,1) until all rows are done, or max_new_tokens or block_size is reached. images as
+        for embed; ids (B,T): prompts of one length. A row that has produced stop (-1: never) repeats it."""
         x = self.embed(images, ids)
         caches = [KVCache() for _ in self.decoder.transformer.blocks]
         pos = torch.arange(x.size(1), device=x.device)[None]
@@ -422,7 +422,7 @@ class MinimalVLM(nn.Module):
 
     @torch.inference_mode()
     def score(self, image, prompt, choices):
-        """Log-probability (n,) of each of n choices (ids that end in END). image (3,P,P), prompt (T,)"""
+        """Log-probability (n,) of n choices (ids, ending in tokenizer.end). image (3,P,P), prompt (T,)."""
         answers = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-100)  # (n,A)
         ids = torch.cat([prompt.expand(len(choices), -1), answers.clamp(min=0)], dim=1)  # (n,T+A)
         logits, _ = self(image[None], ids[:, :-1])  # (n,T+A-1,V): each predicts the next token
@@ -469,9 +469,9 @@ def read_table(text):
     ours, *columns = zip(*[line.split() for line in text.strip().splitlines()])  # rows to columns
     return {column[0]: dict(zip(ours[1:], column[1:])) for column in columns}
 
-# Our layers (first column) and their names in public files, to which load_weights adds .weight or .bias (but
-# not to position_embedding). # is the block number, - means no such tensor. After a colon, T means stored
-# transposed; 0, 1, 2 the q, k or v third: blocks.3.attn.k is the middle of h.3.attn.c_attn, transposed.
+# First column: our layers; others: their names in public files. load_weights adds .weight or .bias (not to
+# position_embedding). #: block number. -: no such tensor. :T: stored transposed. :0, :1, :2: the q, k or v
+# third of a fused tensor. So blocks.3.attn.k is the middle third of GPT-2's h.3.attn.c_attn, transposed.
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
 stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
@@ -501,7 +501,7 @@ blocks.#.mlp.gate   -                      layers.#.mlp.gate_proj               
 blocks.#.mlp.down   h.#.mlp.c_proj:T       layers.#.mlp.down_proj               decoder.blocks.#.mlp.down_proj
 norm                ln_f                   norm                                 decoder.norm
 """)
-# (part of our model, a column of its table); a file has this layout if it has the column's last tensor
+# (part of our model, column of its table); a file that has the last row's .weight has the whole layout
 LAYOUTS = [('vision', names) for names in VISION_NAMES.values()]
 LAYOUTS += [('decoder', names) for names in TEXT_NAMES.values()] + [('projection', {'proj': 'MP.proj'})]
 PREFIX = r'^(transformer|vision_model|model)\.'  # some files put it before each name
@@ -540,8 +540,8 @@ def fetch(name, file):
     if os.path.isdir(os.path.expanduser(name)):
         return os.path.join(os.path.expanduser(name), file)
     repository = ALIASES.get(name, name)
-    known = re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', repository)
-    check(known, f'{name} is not a folder, an owner/name repository or one of {list(ALIASES)}')
+    valid = re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', repository)
+    check(valid, f'{name} is not a folder, an owner/name repository or one of {list(ALIASES)}')
     url = f'{os.environ.get("HF_ENDPOINT", "https://huggingface.co")}/{repository}/resolve/main/{file}'
     path = os.path.join(torch.hub.get_dir(), 'vlm', repository, file)
     if os.path.exists(path):
@@ -566,25 +566,25 @@ def read_json(path):
         raise UserError(f'{path} cannot be read as a JSON object ({e})') from e
 
 def read_config(name):
-    """The VLMConfig fields of a published model, even if at their defaults: they replace a preset's."""
-    image = dict(encoder='vit', stem='patch', image_size=224, patch_size=16)
-    image |= dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
+    """All VLMConfig fields that a published model fixes, defaults too: train.py overrides a preset's."""
+    base = dict(encoder='vit', stem='patch', image_size=224, patch_size=16)
+    base |= dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
     if name in ('resnet18', 'resnet50'):
-        image |= dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
-        return image | dict(encoder=name, patch_size=32)
+        base |= dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
+        return base | dict(encoder=name, patch_size=32)
     path = fetch(name, 'config.json')
     config = read_json(path)
-    kind = str(config.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # half a SigLIP
+    kind = str(config.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # a vision half
     check(kind in SUPPORTED, f'{path}: model_type={kind} must be one of {", ".join(SUPPORTED)}')
-    config |= config.get('vision_config') or {}  # nested in a whole SigLIP
-    config |= config.get('rope_parameters') or {}  # nested in newer Llamas
+    config |= config.get('vision_config') or {}  # in a full SigLIP's config
+    config |= config.get('rope_parameters') or {}  # in a newer Llama's
     for key, value in SUPPORTED[kind].items():
         check(config.get(key, value) == value, f'{path}: {key}={config.get(key)} must be {value}')
-    def fields_of(names):  # the values in config, if present, under our names
+    def fields_of(names):  # what config has, under our names ('-' is no key of it)
         return {ours: config[key] for ours, key in names.items() if config.get(key) is not None}
     if kind == 'siglip':
         vision = replace(SIGLIP_B, **fields_of(STACK_FIELDS['siglip']))
-        return image | fields_of(MODEL_FIELDS['siglip']) | dict(vision=vision)
+        return base | fields_of(MODEL_FIELDS['siglip']) | dict(vision=vision)
     if kind == 'nanovlm':
         vision = replace(SIGLIP_B, **fields_of(STACK_FIELDS['nanovlm-vision']))
         text = replace(LLAMA, **fields_of(STACK_FIELDS['nanovlm-text']))
@@ -629,7 +629,7 @@ def load_weights(model, path):
             row = name.removeprefix('transformer.').replace(f'blocks.{number}.', 'blocks.#.')
             row, suffix = os.path.splitext(row)  # position_embedding has no suffix
             theirs, _, how = names.get(row, '-').partition(':')  # h.#.attn.c_attn, T1
-            theirs = theirs.replace('#', number) + suffix  # h.3.attn.c_attn.weight
+            theirs = theirs.replace('#', number) + suffix  # h.3.attn.c_attn.weight; how is T1
             check(theirs in tensors, f'{path} has no tensor for {part}.{name} ({theirs})')
             tensor = tensors[theirs]
             if 'T' in how and suffix == '.weight':
@@ -638,11 +638,11 @@ def load_weights(model, path):
                 tensor = tensor.chunk(3)[int(how[-1])]
             if name == 'position_embedding':
                 tensor = fit_positions(tensor.flatten(0, -2), len(parameter), part)  # some have (1,n,C)
-            check(tensor.shape == parameter.shape, f'{path}: {theirs} must be {list(parameter.shape)}')
+            check(tensor.shape == parameter.shape, f'{path}: {theirs} is not {list(parameter.shape)}')
             parameter.data.copy_(tensor)
             used.add(theirs)
-    left = [name for name in tensors if name not in used and not re.fullmatch(UNUSED, name)]
-    check(used and not left, f'{path}: unsupported layout, or unexpected tensors: {left[:3]}')
+    extra = [name for name in tensors if name not in used and not re.fullmatch(UNUSED, name)]
+    check(used and not extra, f'{path}: unsupported layout, or unexpected tensors: {extra[:3]}')
     tied = all(torch.equal(head.float(), model.decoder.embedding.weight) for head in heads)
     check(tied, f'{path}: its output head differs from its embedding: not supported')
 
@@ -682,13 +682,13 @@ def load_checkpoint(path, device='cpu'):
 
 # 9. Tokenizers ----------------------------------------------------------------------------------------
 END = '<|endoftext|>'
-# how to split text before BPE: 'in 24' becomes 'in', ' ', '2', '4' by PIECES, and 'in', ' 24' by GPT2_PIECES
+# split text before BPE; PIECES cuts out each digit: 'in 24' -> 'in', ' ', '2', '4', not 'in', ' 24'
 PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 class Tokenizer:
     """Byte-level BPE: text <-> ids. tiktoken always merges the pair whose result has the lowest id.
-    tokens: {token: id}; a token is text with a character chr(0) to chr(255) for each byte (latin-1)"""
+    tokens: {token: id}; a token is a string with a character chr(byte) for each byte (latin-1)."""
     def __init__(self, name, tokens, special, pieces=PIECES):
         self.state = dict(name=name, tokens=tokens, special=special, pieces=pieces)
         self.name = name
@@ -728,9 +728,9 @@ class Tokenizer:
         for step in steps:
             for key, value in supported.items():
                 check(step.get(key, value) == value, f'{path}: unsupported pre-tokenizer ({key})')
-        # tiktoken merges the lowest id first, so ids must rise in the order of the merges
+        # tiktoken merges the lowest id first, so ids must rise in the order of the merges (-1: missing)
         joined = [m.replace(' ', '') if isinstance(m, str) else ''.join(m) for m in model['merges']]
-        ids = [0] + [model['vocab'].get(token, -1) for token in joined]  # -1 would be out of order
+        ids = [0] + [model['vocab'].get(token, -1) for token in joined]
         check(END in special and ids == sorted(ids), f'{path}: no {END}, or ids not in merge order')
         # GPT-2 writes these unprintable bytes as chr(256), chr(257), ...; the others stand for themselves
         alphabet = {256 + n: byte for n, byte in enumerate([*range(33), *range(127, 161), 173])}
@@ -739,11 +739,11 @@ class Tokenizer:
 
 def learn_bpe(texts, n_tokens):
     """BPE (arXiv 1508.07909): repeatedly joins the most frequent pair of adjacent tokens into a new one."""
-    # PIECES for re, which has no \p{L} (letters) and no \p{N} (digits)
+    # PIECES for re, nearly: re has no \p{L} and \p{N}, so here '½' counts as a letter
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?=\d)|\s+(?!\S)|\s+"
     pieces = Counter(piece for text in texts for piece in re.findall(pattern, text))
     counts = list(pieces.values())  # how often each piece occurs in the texts
-    # each piece with its tokens in brackets (no token has any), at first one for each byte: ‹c›‹a›‹t›
+    # each piece with its tokens in brackets (which none contains), at first one for each byte: ‹c›‹a›‹t›
     words = [''.join(f'‹{chr(b)}›' for b in piece.encode('utf-8', 'replace')) for piece in pieces]
     pairs = Counter()  # (left, right) -> how often they are neighbors in the texts
     def add_pairs(word, n):
@@ -757,7 +757,7 @@ def learn_bpe(texts, n_tokens):
         (left, right), most = pairs.most_common(1)[0]
         if most < 2:
             break
-        tokens[left + right] = len(tokens)  # new: the same bytes always join the same way
+        tokens[left + right] = len(tokens)  # always new: the same bytes always merge alike
         apart, joined = f'‹{left}›‹{right}›', f'‹{left}{right}›'
         for i, word in enumerate(words):
             if apart in word:
@@ -771,7 +771,7 @@ def open_image(path, size):
     """An image file as 8-bit RGB, upright. A JPEG may be decoded smaller, but never below size."""
     try:
         with open(path, 'rb') as f, warnings.catch_warnings(action='ignore'), Image.open(f) as image:
-            image.draft('RGB', (size, size))  # (given the path, Pillow 13 can lose a TIFF's orientation)
+            image.draft('RGB', (size, size))  # opened as f: given path, Pillow 13 can turn a TIFF wrongly
             return to_rgb(image)
     except Exception as e:  # broken files make Pillow raise almost anything
         raise UserError(f'{path} is not a readable image ({e!r})') from e
@@ -781,10 +781,10 @@ def to_rgb(image):
     image.load()  # decode now: the suppress() below would hide a broken file
     with contextlib.suppress(Exception):  # ignore broken EXIF data
         image = ImageOps.exif_transpose(image)
-    if image.mode[0] in 'IF':  # more than 8 bits, or floats: guess the range by the brightest pixel
+    if image.mode[0] in 'IF':  # more than 8 bits, or floats: take the range from the brightest
         image = image.convert('F')
         high = image.getextrema()[1]
-        white = next((w for w in (1, 255, 65535) if w >= high), high)  # a usual one that fits
+        white = next((w for w in (1, 255, 65535) if w >= high), high)  # the smallest usual one
         image = image.point(lambda v: v * (255 / white)).convert('L')
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
@@ -799,7 +799,7 @@ def encode_prompt(tokenizer, cfg, prompt):
     if not prompt:
         return [tokenizer.end]
     ids = tokenizer.encode(cfg.prompt_template.replace('{}', prompt))
-    return ids[-((cfg.block_size - cfg.n_visual) // 2) :]  # keep its end, half of the room for text
+    return ids[-((cfg.block_size - cfg.n_visual) // 2) :]  # if long, its end: half the room for text
 
 def encode_answer(tokenizer, cfg, answer):
     return tokenizer.encode(cfg.answer_prefix + answer.strip()) + [tokenizer.end]
@@ -821,7 +821,7 @@ def collate(items, cfg, tokenizer, transform):
             row += zip(ids, targets, range(len(ids)))
         rows.append(row[: cfg.block_size - cfg.n_visual])
     longest = max(map(len, rows))
-    rows = [row + [(0, -100, 0)] * (longest - len(row)) for row in rows]  # each pad counts as its own text
+    rows = [row + [(0, -100, 0)] * (longest - len(row)) for row in rows]  # each pad, at position 0, is a text
     ids, targets, positions = torch.tensor(rows).unbind(-1)  # (B,T,3) -> three times (B,T)
     packed = any(len(texts) > 1 for _, texts in items)
     images = torch.stack([transform(image) for image, _ in items])
@@ -830,7 +830,7 @@ def collate(items, cfg, tokenizer, transform):
 # 11. Command line -------------------------------------------------------------------------------------
 def override(settings, argv=None):
     """Overrides settings, the globals() of a script, by --name=value, --name value or a bare --flag.
-    A setting is a line `seed = 1337  # comment`, lower case, with two spaces; its default sets the type."""
+    A setting is a line `seed = 1337  # comment` (note the two spaces); its default sets the type."""
     def true_or_false(text):
         return bool(json.loads(text.lower()))
     with open(settings['__file__'], encoding='utf-8') as f:
