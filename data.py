@@ -161,7 +161,8 @@ def read_rows(path):
             yield f'entry {n}', row
 
 def has_objects_on_lines(lines):
-    """True if a .json file is really .jsonl: its first two lines hold an object each."""
+    """True if a .json file is really .jsonl: its first two lines (but for empty ones) hold an object each."""
+    lines = [line for line in lines if line.strip()]
     return len(lines) > 1 and all(isinstance(read_json_line(line), dict) for line in lines[:2])
 
 def read_json_line(line):
@@ -179,8 +180,8 @@ def table_rows(lines):
     """Yields the rows below a header. A value in double quotes may span lines; but if such a
     line looks like a row itself, the quote was never closed, and the row where it opens is dropped."""
     n_read = 1  # lines so far, the header's included
-    if re.match('"?sep=', ''.join(lines[:1])):  # a hint for Excel, above the header
-        n_read = 2
+    while n_read < len(lines) and re.match(r'\s*$|"?sep=', lines[n_read - 1]):  # empty, or a hint for Excel
+        n_read += 1
     header = ''.join(lines[n_read - 1 : n_read])
     style = dict(delimiter=max(',;\t|', key=header.count), skipinitialspace=True)
     names = [name.strip() for name in next(csv.reader([header], **style), [])]
@@ -271,7 +272,7 @@ def read_texts(row):
     image = get(IMAGE_NAMES)
     prompt = get(PROMPT_NAMES)
     answers = get(ANSWER_NAMES)
-    if prompt:  # a question goes with the answer, even if there is a caption, too
+    if clean_text(prompt):  # a question goes with the answer, even if there is a caption, too
         answers = get(('answer', *ANSWER_NAMES))
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
@@ -282,7 +283,7 @@ def read_texts(row):
     if not isinstance(answers, list):
         answers = [answers]
     texts = [(prompt, answer) for answer in answers]
-    if 'conversations' in row:  # from and value in LLaVA's format, role and content in minimind's
+    if row.get('conversations'):  # from and value in LLaVA's format, role and content in minimind's
         turns = [(turn.get('from', turn.get('role')), turn.get('value', turn.get('content')))
                  for turn in row['conversations']]
         texts = [(question, answer) for (asker, question), (speaker, answer) in zip(turns, turns[1:])

@@ -89,7 +89,7 @@ def assert_one_line(error):
 
 # the files --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('name, limit', [
-    ('vlm.py', 850), ('data.py', 451), ('train.py', 560), ('sample.py', 180), ('test_vlm.py', 5800),
+    ('vlm.py', 850), ('data.py', 452), ('train.py', 560), ('sample.py', 180), ('test_vlm.py', 6150),
     ('README.md', 250)])
 def test_the_files_keep_to_their_length_and_width(name, limit):
     lines = (HERE / name).read_text(encoding='utf-8').splitlines()
@@ -1362,6 +1362,7 @@ def test_a_nanovlm_without_its_tied_weight_is_refused(tmp_path):
     ('llama', 'model_type', 'bert'),
     ('gpt2', 'activation_function', 'relu'),
     ('gpt2', 'scale_attn_by_inverse_layer_idx', True),
+    ('gpt2', 'scale_attn_weights', False),
     ('siglip_vision_model', 'hidden_act', 'gelu'),
 ])
 def test_what_we_do_not_compute_is_refused_by_key_and_file(tmp_path, kind, key, value):
@@ -1869,6 +1870,29 @@ def test_two_processes_download_into_files_of_their_own(hub, monkeypatch):
     first, second = [call.args[1] for call in get.call_args_list]
     assert first != second
 
+def test_a_published_llama_keeps_its_number_of_positions(tmp_path):
+    theirs = write_published('llama', tmp_path)
+
+    assert vlm.read_config(str(tmp_path))['block_size'] == theirs.config.max_position_embeddings
+
+def test_a_published_gpt2_may_have_an_mlp_of_another_width(tmp_path):
+    tf = pytest.importorskip('transformers')
+    sizes = dict(n_embd=32, n_layer=2, n_head=4, n_inner=96, vocab_size=300, n_positions=128)
+    theirs = tf.GPT2LMHeadModel(tf.GPT2Config(**sizes)).eval()
+    theirs.save_pretrained(tmp_path)
+    ids = some_input(CFG)[1]
+
+    model = MinimalVLM.from_pretrained(str(tmp_path), replace(CFG, **vlm.read_config(str(tmp_path))))
+
+    assert_close(model(None, ids)[0], theirs(ids).logits, 5e-6)
+
+def test_a_safetensors_file_may_have_doubles(tmp_path):
+    st = pytest.importorskip('safetensors.torch')
+    x = torch.randn(2, 3, dtype=torch.float64)
+    st.save_file({'x': x}, tmp_path / 'a.safetensors')
+
+    assert torch.equal(vlm.read_safetensors(tmp_path / 'a.safetensors')['x'], x)
+
 # vlm.py, 9. tokenizers ---------------------------------------------------------------------------------
 CORPUS = ['a small red cat sits on a red mat', 'the cat sat, a mat sat', '12 hats, café \U0001f600']
 
@@ -2128,6 +2152,12 @@ def test_a_damaged_tokenizer_json_is_refused_by_its_name(tmp_path, content):
 
     assert_one_line(error)
 
+def test_a_tilde_before_a_tokenizer_json_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    theirs = train_tokenizer(tmp_path / 'words.json', digits=True)
+
+    assert Tokenizer.make('~/words.json').encode('the cat 12') == theirs.encode('the cat 12').ids
+
 # vlm.py, 10. images and batches ------------------------------------------------------------------------
 def half_and_half(mode='L', top=255, bottom=0):
     image = Image.new(mode, (8, 8), bottom)
@@ -2382,6 +2412,11 @@ def test_an_uncompressed_tiff_is_turned_upright(tmp_path, mode):
     assert rgb.crop((0, 0, 8, 8)).getextrema() == ((255, 255),) * 3
     assert rgb.crop((0, 8, 8, 16)).getextrema() == ((0, 0),) * 3
 
+def test_a_template_may_have_other_braces():
+    cfg = replace(CFG, prompt_template='{"ask": "{}"}')
+
+    assert bytes(encode_prompt(BYTES, cfg, 'who?')) == b'{"ask": "who?"}'
+
 # vlm.py, 11. command line ------------------------------------------------------------------------------
 def override(*argv):
     """The settings of train.py after these arguments."""
@@ -2612,6 +2647,22 @@ def test_absent_pairs_whose_color_and_shape_are_both_there_are_asked_for_four_ti
     crossed = [question for question in absent if re.search('red square|blue circle', question)]
     assert len(absent) / len(asked) == 1 / 2
     assert len(crossed) / len(absent) == pytest.approx(8 / 18, abs=0.03)
+
+def test_the_things_of_a_scene_keep_apart():
+    scenes = data.Shapes('train')
+
+    for i in range(300):
+        for t, u in itertools.combinations(scenes.make_scene(random.Random(i)), 2):
+            assert math.dist((t.x, t.y), (u.x, u.y)) > t.r + u.r
+
+def test_a_scene_is_the_same_in_every_process():
+    """Whatever the order of its sets, which Python shuffles anew at each start."""
+    code = 'import data; print([data.Shapes("train", 3)[i][1] for i in range(20)])'
+    command = dict(args=[sys.executable, '-c', code], cwd=HERE, text=True)
+
+    printed = {subprocess.check_output(**command, env={**os.environ, 'PYTHONHASHSEED': s}) for s in '12'}
+
+    assert len(printed) == 1
 
 # data.py, photos with captions ------------------------------------------------------------------------
 @pytest.fixture
@@ -3028,6 +3079,25 @@ def test_a_json_file_may_hold_a_single_row(tmp_path, settings):
 
     assert read_items(tmp_path / 'a.json') == {0: [('', 'a dog')]}
 
+@pytest.mark.parametrize('row', [
+    {'image': '0.png', 'caption': 'x', 'conversations': None},
+    {'image': '0.png', 'caption': 'x', 'prompt': math.nan, 'answer': math.nan},  # as pandas writes it
+])
+def test_a_key_without_a_value_does_not_hide_a_caption(tmp_path, settings, row):
+    make_photos(tmp_path, 1)
+    (tmp_path / 'a.jsonl').write_text(json.dumps(row))
+
+    assert read_items(tmp_path / 'a.jsonl') == {0: [('', 'x')]}
+
+@pytest.mark.parametrize('name', ['a.jsonl', 'a.csv'])
+def test_empty_lines_at_the_top_are_skipped(tmp_path, settings, name):
+    make_photos(tmp_path, 2)
+    (tmp_path / name.replace('jsonl', 'json')).write_text('\n \n' + CAPTION_FILES[name])
+
+    items = read_items(tmp_path / name.replace('jsonl', 'json'))
+
+    assert items == {0: [('', 'one, number 0')], 1: [('', 'one, number 1')]}
+
 def test_lines_without_a_word_are_no_rows(tmp_path, settings, capfd):
     make_photos(tmp_path, 1)
     (tmp_path / 'a.csv').write_text('image,caption\n\n   \n0.png,x\n \t\n')
@@ -3123,6 +3193,76 @@ def test_photos_come_in_the_order_of_their_names_whatever_that_of_the_disk(tmp_p
             orders.append(train.make_datasets()[0].names)
 
     assert orders[0] == orders[1]
+
+def test_the_mark_for_the_image_is_no_text_wherever_it_stands(tmp_path, settings):
+    """LLaVA's data has it before or after the first question."""
+    make_photos(tmp_path, 1)
+    turns = [{'from': 'human', 'value': 'who?\n<image>'}, {'from': 'gpt', 'value': 'me'}]
+    (tmp_path / 'a.json').write_text(json.dumps([{'image': '0.png', 'conversations': turns}]))
+
+    assert read_items(tmp_path / 'a.json') == {0: [('who?', 'me')]}
+
+def test_a_row_about_several_images_is_skipped(tmp_path, settings, capfd):
+    make_photos(tmp_path, 2)
+    (tmp_path / 'a.jsonl').write_text('{"image": ["1.png", "0.png"], "caption": "y"}\n' + GOOD)
+
+    assert read_items(tmp_path / 'a.jsonl') == {0: [('', 'x')]}
+    assert 'line 1: it must name one image' in capfd.readouterr().err
+
+def test_all_values_may_be_in_quotes_the_header_too(tmp_path, settings):
+    make_photos(tmp_path, 1)
+    with open(tmp_path / 'a.csv', 'w', newline='') as f:
+        csv.writer(f, quoting=csv.QUOTE_ALL).writerows([['image', 'caption'], ['0.png', 'x']])
+
+    assert read_items(tmp_path / 'a.csv') == {0: [('', 'x')]}
+
+def test_an_open_quote_costs_its_row_only_however_long_the_rest_is(tmp_path, settings, capfd):
+    make_photos(tmp_path, 2)
+    (tmp_path / 'a.csv').write_text('image,caption\n1.png,"y\n' + 20_000 * '0.png,x\n')
+
+    assert read_items(tmp_path / 'a.csv') == {0: 20_000 * [('', 'x')]}
+    assert '1 of 20001 rows skipped; the first: line 2: ' in capfd.readouterr().err
+
+def test_empty_lines_at_the_end_of_a_json_file_are_of_no_account(tmp_path, settings):
+    make_photos(tmp_path, 2)
+    (tmp_path / 'a.json').write_text(json.dumps(COCO) + '\n\n')
+
+    assert read_items(tmp_path / 'a.json') == {i: [('', f'one, number {i}')] for i in (0, 1)}
+
+@pytest.mark.parametrize('name', CAPTION_FILES)
+def test_the_ending_of_a_caption_file_may_be_in_capitals(tmp_path, settings, name):
+    make_photos(tmp_path, 2)
+    (tmp_path / name.upper()).write_text(CAPTION_FILES[name], encoding='utf-8', newline='')
+
+    assert read_items(tmp_path / name.upper()) == {i: [('', f'one, number {i}')] for i in (0, 1)}
+
+def test_the_name_of_a_photo_and_its_text_file_may_have_dots(tmp_path, settings):
+    make_photos(tmp_path, 1)
+    os.rename(tmp_path / '0.png', tmp_path / 'at 12.30.png')
+    (tmp_path / 'at 12.30.txt').write_text('a dog')
+
+    assert read_items(tmp_path) == {0: [('', 'a dog')]}
+
+def test_a_line_of_a_caption_may_be_the_name_of_a_picture(tmp_path, settings):
+    make_photos(tmp_path, 1)
+    with open(tmp_path / 'a.csv', 'w', newline='') as f:
+        csv.writer(f).writerows([['image', 'caption'], ['0.png', 'a dog, as in\n0.png\ntoo']])
+
+    assert read_items(tmp_path / 'a.csv') == {0: [('', 'a dog, as in\n0.png\ntoo')]}
+
+def test_a_tilde_before_image_dir_is_the_home_folder(tmp_path, settings, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    make_photos(tmp_path / 'far', 1)
+    (tmp_path / 'a.csv').write_text('image,caption\n0.png,x\n')
+    train.image_dir = '~/far'
+
+    assert read_items(tmp_path / 'a.csv') == {0: [('', 'x')]}
+
+def test_the_hint_for_excel_may_be_in_quotes(tmp_path, settings):
+    make_photos(tmp_path, 1)
+    (tmp_path / 'a.csv').write_text('"sep=;"\nimage;caption\n0.png;x\n')
+
+    assert read_items(tmp_path / 'a.csv') == {0: [('', 'x')]}
 
 # train.py, batches ------------------------------------------------------------------------------------
 BYTES = Tokenizer.make('bytes')
@@ -3534,6 +3674,17 @@ def test_workers_are_as_many_as_cores_but_none_for_shapes_on_a_cpu(
 
     assert make.call_args.kwargs['num_workers'] == workers
 
+def test_a_machine_with_many_cores_gets_8_workers(settings, monkeypatch):
+    monkeypatch.setattr(os, 'cpu_count', mock.Mock(return_value=96))
+    monkeypatch.setattr(torch.utils.data, 'DataLoader', make := mock.Mock(side_effect=InterruptedError))
+    train.dataset = 'photos'
+    train.num_workers = -1
+
+    with pytest.raises(InterruptedError):
+        next(train.load(train.Batches(TenImages(), TINY, BYTES), range(9), torch.device('cpu')))
+
+    assert make.call_args.kwargs['num_workers'] == 8
+
 # train.py, optimizers ---------------------------------------------------------------------------------
 def five_steps(ours, our_optimizers, theirs, their_optimizer):
     """Both get the same random gradients."""
@@ -3925,6 +4076,44 @@ def test_held_out_questions_are_of_all_kinds():
     kinds = Counter(' '.join(prompt.split()[:2]) for _, [(prompt, _)] in items)
     assert set(kinds) == {'is there', 'how many', 'is the', 'what color', 'what shape'}
     assert max(kinds.values()) < 60
+
+def test_texts_of_a_row_do_not_see_each_other_beside_a_swapped_image_either(settings, monkeypatch):
+    train.batch_size, train.eval_iters, train.eval_samples = 2, 1, 0
+    monkeypatch.setattr(train, 'draw_samples', do_nothing)
+    cards = TenImages(n_texts=2)
+    cards.n_images = 2
+    model = build(TINY)
+    alone = [(cards[1 - i][0], [text]) for i in (0, 1) for text in cards[i][1]]
+    expected = model(*collate(alone, TINY, BYTES, image_transform(TINY)))[1].item()
+
+    _, swapped, _ = train.evaluate(model, train.Batches(cards, TINY, BYTES), 7, True, torch.device('cpu'))
+
+    assert swapped == pytest.approx(expected, abs=1e-4)
+
+def test_runs_with_other_seeds_answer_the_same_held_out_photos(settings):
+    chosen = []
+
+    for train.seed in (1, 2):
+        chosen.append([texts for _, texts in train.choose_items(TenImages(), 5)])
+
+    assert chosen[0] == chosen[1]
+
+def test_each_line_of_text_has_a_place_of_its_own_on_a_contact_sheet(tmp_path):
+    data.contact_sheet([(PICTURE, [('one', 'lime'), ('two', 'blue')])], tmp_path / 'a.png', 1, 320, 2)
+
+    _, green, blue = Image.open(tmp_path / 'a.png').crop((0, 316, 320, 378)).split()
+    upper, lower = [channel.point(lambda v: 255 * (v < 99)).getbbox() for channel in (blue, green)]
+    assert upper[3] <= lower[1]
+
+@torch.no_grad()
+def test_a_long_question_keeps_to_its_column_of_the_samples(tmp_path, settings, overfitted):
+    model, items = overfitted
+
+    item = (items[0][0], [('what color does this large card on the table have? ' * 2, 'no')])
+    train.draw_samples(model, BYTES, [item], tmp_path / 'samples.png')
+
+    beside = Image.open(tmp_path / 'samples.png').crop((320, 0, 960, 494))
+    assert beside.getextrema() == ((255, 255),) * 3
 
 # train.py, the run ------------------------------------------------------------------------------------
 QUICK = """--device=cpu --dtype=float32 --tokenizer=bytes --batch_size=4 --num_workers=0 --max_iters=2
@@ -5008,6 +5197,70 @@ def test_the_other_processes_print_nothing(run, alone, capfd):
 
     assert capfd.readouterr().out == ''
 
+@pytest.mark.parametrize('emulated, dtype', [(True, 'float16'), (False, 'bfloat16')])
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float16(monkeypatch, emulated, dtype):
+    def is_bf16_supported(including_emulation=True):  # as PyTorch's
+        return including_emulation or not emulated
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', is_bf16_supported)
+    monkeypatch.setattr(torch.cuda, 'set_device', do_nothing)
+    monkeypatch.setattr(torch, 'empty', do_nothing)
+
+    assert train.find_device('cuda', 'auto') == (torch.device('cuda'), dtype)
+
+def test_the_compiler_may_be_the_one_that_cxx_names(monkeypatch):
+    monkeypatch.setenv('PATH', '/nowhere')
+    monkeypatch.setenv('CXX', sys.executable)
+
+    train.check_compiler()
+
+@pytest.mark.parametrize('name', ['warmup_iters', 'eval_samples'])
+def test_counts_must_not_be_negative(settings, name):
+    with pytest.raises(UserError, match=f'{name}=-1 must be at least 0'):
+        train.main([f'--{name}=-1', '--eval_only'])  # which is refused next
+
+def test_a_tilde_before_a_checkpoint_to_start_from_is_the_home_folder(
+        tmp_path, start, settings, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    train.init_from = '~/start.pt'
+
+    model, _ = train.make_model([])
+
+    assert_same_state(model.state_dict(), start['model'])
+
+def test_beside_a_published_encoder_a_new_decoder_has_the_tokens_of_its_tokenizer(tmp_path, settings):
+    write_published('siglip', tmp_path)
+    train.init_from, train.tokenizer = str(tmp_path), 'bytes'
+
+    model, _ = train.make_model([])
+
+    assert model.cfg.vocab_size == len(model.decoder.embedding.weight) == 257
+
+def test_the_log_has_all_that_an_evaluation_gives_in_the_order_of_its_header(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(train, 'evaluate', mock.Mock(return_value=(1.5, 2.5, 0.25)))
+
+    run(*QUICK, *SMALL, '--max_iters=0')
+
+    [row] = read_log(tmp_path / 'out')
+    assert [float(row[name]) for name in ('val_loss', 'val_loss_swapped', 'exact')] == [1.5, 2.5, 0.25]
+
+def test_only_the_last_evaluation_asks_for_all_kinds_of_items(run, monkeypatch):
+    monkeypatch.setattr(train, 'exact_answers', ask := mock.Mock(return_value=0.0))
+
+    run(*QUICK, *SMALL, '--max_iters=2', '--eval_interval=1')
+
+    assert [len(call.args[2]) for call in ask.call_args_list] == [2, 2, 10, 10, 10]
+
+def test_a_run_that_is_stopped_does_not_stay_to_evaluate(run, in_each_step, monkeypatch):
+    def stop():
+        signal.raise_signal(signal.SIGTERM)
+    in_each_step(stop)
+    monkeypatch.setattr(train, 'evaluate', evaluate := mock.Mock(return_value=(0.0, 0.0, 0.0)))
+
+    end = run(*QUICK, *SMALL, '--max_iters=9')
+
+    assert end['step'] == 1
+    evaluate.assert_not_called()
+
 # the default job, in short, and what sample.py makes of it --------------------------------------------
 @pytest.fixture(scope='session', autouse=True)
 def training(request, tmp_path_factory):
@@ -5777,3 +6030,37 @@ def test_a_folder_without_a_tokenizer_takes_the_one_that_its_config_names(hub, t
     _, tok = sample.load_model(torch.device('cpu'))
 
     assert tok.encode('the cat 12') == theirs.encode('the cat 12').ids
+
+@pytest.mark.parametrize('setting, value', [('init_from', '~/ckpt.pt'), ('out_dir', '~')])
+def test_a_tilde_before_the_checkpoint_of_sample_is_the_home_folder(folder, monkeypatch, setting, value):
+    monkeypatch.setenv('HOME', str(folder))
+    monkeypatch.setattr(sample, setting, value)
+
+    _, tok = sample.load_model(torch.device('cpu'))
+
+    assert tok.name == 'bytes'
+
+def test_a_tilde_before_a_table_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+
+    append, _ = data.open_table('~/c.csv', [f'{tmp_path}/a.png'], '')
+    append(f'{tmp_path}/a.png', 'red')
+
+    assert (tmp_path / 'c.csv').read_text() == 'image,caption\na.png,red\n'
+
+def test_of_several_pictures_a_missing_one_is_named_and_a_failure(folder, talk):
+    code, _, errors = talk(f'--out_dir={folder}', f'--image={folder}/a.png,{folder}/lost.png',
+                           '--max_new_tokens=2')
+
+    assert code == 1
+    assert 'lost.png' in errors
+
+def test_below_a_picture_of_attention_is_the_whole_word_even_if_it_is_the_first(folder, monkeypatch):
+    monkeypatch.setattr(sample, 'contact_sheet', sheet := mock.Mock())
+    model, tok, _ = load_checkpoint(str(folder / 'ckpt.pt'))
+    pixels = image_transform(model.cfg)(open_image(f'{folder}/b.png', 64))
+
+    said = [*b'dogs, and cats']
+    sample.draw_attention(model, tok, pixels, torch.tensor([256]), said, f'{folder}/b.png', '')
+
+    assert [texts for _, texts in sheet.call_args[0][0]] == [[], [('dogs', 'black')], [('cats', 'black')]]

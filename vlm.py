@@ -527,11 +527,11 @@ vocab_size  -                    vocab_size          vocab_size               lm
 block_size  -                    n_positions         max_position_embeddings  -
 tokenizer   -                    -                   -                        lm_tokenizer
 """)
-SUPPORTED = {  # keys of a config.json that must have this value, if present
-    'siglip': dict(hidden_act='gelu_pytorch_tanh'), 'nanovlm': dict(mp_pixel_shuffle_factor=2),
-    'gpt2': dict(activation_function='gelu_new', scale_attn_by_inverse_layer_idx=False),
-    'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False, rope_scaling=None,
-                  rope_type='default', tie_word_embeddings=True)}
+SUPPORTED = dict(  # keys of a config.json that must have this value, if present
+    siglip=dict(hidden_act='gelu_pytorch_tanh'), nanovlm=dict(mp_pixel_shuffle_factor=2),
+    gpt2=dict(activation_function='gelu_new', scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False),
+    llama=dict(hidden_act='silu', attention_bias=False, mlp_bias=False, rope_scaling=None,
+               rope_type='default', tie_word_embeddings=True))
 ALIASES = {'siglip-b-16': 'google/siglip-base-patch16-224', 'gpt2': 'openai-community/gpt2',
            'smollm2-135m': 'HuggingFaceTB/SmolLM2-135M', 'nanovlm-222m': 'lusxvr/nanoVLM-222M'}
 
