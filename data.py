@@ -161,7 +161,7 @@ def read_rows(path):
             yield f'entry {n}', row
 
 def has_objects_on_lines(lines):
-    """True if a .json file is really .jsonl: its first two lines (but for empty ones) hold an object each."""
+    """True if a .json file is really .jsonl: its first two lines that are not empty hold an object each."""
     lines = [line for line in lines if line.strip()]
     return len(lines) > 1 and all(isinstance(read_json_line(line), dict) for line in lines[:2])
 
@@ -180,7 +180,7 @@ def table_rows(lines):
     """Yields the rows below a header. A value in double quotes may span lines; but if such a
     line looks like a row itself, the quote was never closed, and the row where it opens is dropped."""
     n_read = 1  # lines so far, the header's included
-    while n_read < len(lines) and re.match(r'\s*$|"?sep=', lines[n_read - 1]):  # empty, or a hint for Excel
+    while n_read < len(lines) and re.match(r'\s*$|"?sep=', lines[n_read - 1]):  # or Excel's hint
         n_read += 1
     header = ''.join(lines[n_read - 1 : n_read])
     style = dict(delimiter=max(',;\t|', key=header.count), skipinitialspace=True)
@@ -192,7 +192,7 @@ def table_rows(lines):
     def looks_like_a_row(line):
         values = next(csv.reader([line], **style), [])
         return len(values) >= len(names) and is_picture(values[image_columns[0]].strip())
-    def remaining_lines():
+    def remaining_lines():  # csv takes those of one row
         nonlocal n_read
         while n_read < len(lines):
             n_read += 1
@@ -222,7 +222,7 @@ def read_folder(path):
         if os.path.isfile(os.path.join(path, name)):
             yield from read_rows(os.path.join(path, name))
             return
-    first_path = {}  # of each file: a link must not be trained on while its target is held out
+    first_path = {}  # of a file: a link must not be trained on while its target is held out
     by_real_path = {}
     tables = []
     seen = set()
@@ -243,8 +243,8 @@ def read_folder(path):
         raise ValueError(f'it contains {tables[0]}: set dataset to that file, or move it elsewhere')
     classes = {os.path.dirname(os.path.relpath(photo, path)) for photo in first_path}
     if len(classes) == 1 and not has_captions and '' not in classes:
-        print(f'{path}: no photo has a .txt file and all are in folder {classes.pop()}: that is the '
-              'only text to learn', file=sys.stderr)
+        print(f'{path}: no photo has a .txt file and all are in folder {classes.pop()}: its name is '
+              'the only text to learn', file=sys.stderr)
     for photo, file in beside.items():
         row = dict(image=os.path.relpath(first_path[photo], path))
         folder = os.path.dirname(os.path.relpath(photo, path))
@@ -318,7 +318,7 @@ class CaptionedImages:
             if j not in self.unreadable:
                 try:
                     image = open_image(os.path.join(self.folder, self.names[j]), self.size)
-                    factor = max(1, min(image.size) // (2 * self.size))  # full-size photos would fill memory
+                    factor = max(1, min(image.size) // (2 * self.size))  # to save memory
                     return image.reduce(factor), self.texts[j]
                 except UserError as e:
                     self.unreadable.add(j)
@@ -363,7 +363,7 @@ def find_images(path, image_dir=''):
         if found:
             break
     sought = os.path.join(folder, [*texts][0])
-    check(found, f'{path}: no image found, e.g. {sought!r} does not exist; set --image_dir')
+    check(found, f'{path}: no image found, e.g. {sought!r} is missing; set --image_dir or --val_image_dir')
     if lost:
         print(f'{path}: {len(lost)} of {len(texts)} images are missing, e.g. {lost[0]!r}', file=sys.stderr)
     name = [*found][0]

@@ -82,7 +82,7 @@ def stream_answer(model, tok, pixels, ids, options):
 
 def answer_in_batches(model, tok, paths, ids, options, failed):
     """Yields (path, answer), num_samples times for each picture; prints the time left."""
-    size = batch_size if num_samples == 1 else 1  # or one: its samples share its visual tokens
+    size = batch_size if num_samples == 1 else 1  # or one, encoded once for all its samples
     began = time.time()
     for n in range(0, len(paths), size):
         batch = list(read_pictures(paths[n : n + size], model.cfg, ids.device, failed))
@@ -105,10 +105,10 @@ def draw_attention(model, tok, pixels, ids, said, picture, path):
         attn.keep_map = True
     model(pixels[None], torch.cat([ids, ids.new_tensor(said)])[None])
     maps = torch.cat([attn.attn_map for attn in layers]).float().mean(dim=(0, 1)).cpu()  # over layers, heads
-    side = math.isqrt(model.cfg.n_visual)
-    rows = maps[-1 - len(said) : -1, : side**2]  # token i was predicted by query i - 1
+    rows = maps[-1 - len(said) : -1, : model.cfg.n_visual]  # token i was predicted by query i - 1
     rows = rows / rows.sum(dim=1, keepdim=True)
-    rows = (rows - rows.mean(dim=0)).clamp(min=0).view(-1, 1, side, side)
+    usual = rows.mean(dim=0) * (len(said) > 1)
+    rows = (rows - usual).clamp(min=0).unflatten(1, (1, math.isqrt(model.cfg.n_visual), -1))
     starts = [i for i, token in enumerate(said) if i == 0 or tok.decode([token]).startswith(' ')]
     picture = open_image(picture, 312).resize((312, 312))
     tiles = [(picture, [])]
@@ -158,10 +158,10 @@ def main(argv=None):
             print(f'{path}: {prompt}'.removesuffix(': '))
             if texts:
                 rank_choices(model, tok, pixels, ids, texts)
-                continue
-            said = stream_answer(model, tok, pixels, ids, options)
-            if attention:
-                draw_attention(model, tok, pixels, ids, said, path, map_path)
+            else:
+                said = stream_answer(model, tok, pixels, ids, options)
+                if attention:
+                    draw_attention(model, tok, pixels, ids, said, path, map_path)
     else:
         for path, answer in answer_in_batches(model, tok, paths, ids, options, failed):
             print(f'{path}: {answer}')

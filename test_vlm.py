@@ -34,7 +34,7 @@ from unittest import mock
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageChops
 from torch.nn import functional as F
 
 import data
@@ -2888,7 +2888,7 @@ def test_a_row_that_cannot_be_used_is_skipped_and_reported(tmp_path, settings, c
 @pytest.mark.parametrize('name, text, words', [
     ('a.csv', 'picture,text\n0.png,x\n', 'has no column image'),
     ('a.csv', 'image,caption\n0.png,x,y\n', 'none of its 1 rows .* the first: line 2: more values'),
-    ('a.csv', 'image,caption\nx.png,a\n', "no image found, e.g. '.*/x.png' does not exist"),
+    ('a.csv', 'image,caption\nx.png,a\n', "no image found, e.g. '.*/x.png' is missing"),
     ('a.csv', '', 'has no column image'),
     ('a.txt', 'no table: one very long line' * 9999, 'cannot be used as a data set'),
     ('a.csv', 'image,caption\n', 'has no rows'),
@@ -3444,7 +3444,7 @@ def test_too_little_shared_memory_for_the_workers_is_refused(settings, monkeypat
     batches = train.Batches(train.Shapes('train'), replace(TINY, image_size=256, block_size=400), BYTES)
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=2 * 3 * 16 * 3 * 256 * 256))
 
-    with pytest.raises(UserError, match='18 MB in /dev/shm, and 18 MB are .*--shm-size=.*--num_workers=0'):
+    with pytest.raises(UserError, match='18 MB in /dev/shm, but 18 MB is .*--shm-size=.*--num_workers=0'):
         first_batches(batches, 1)
 
 def test_a_worker_that_is_killed_ends_the_run_in_one_line(tmp_path):
@@ -4363,6 +4363,7 @@ def test_with_a_single_held_out_image_the_gain_is_unknown(tmp_path, run, capfd):
     run(*QUICK, f'--dataset={tmp_path}/photos', '--max_iters=0')
 
     assert 'image gain unknown' in capfd.readouterr().out
+    assert [row['val_loss_swapped'] for row in read_log(tmp_path / 'out')] == ['nan']
 
 def test_each_rank_has_its_own_dropout_in_each_step(run, monkeypatch):
     """Ranks 0 and 1 of 2, one after the other, without the other one."""
@@ -6064,3 +6065,18 @@ def test_below_a_picture_of_attention_is_the_whole_word_even_if_it_is_the_first(
     sample.draw_attention(model, tok, pixels, torch.tensor([256]), said, f'{folder}/b.png', '')
 
     assert [texts for _, texts in sheet.call_args[0][0]] == [[], [('dogs', 'black')], [('cats', 'black')]]
+
+def test_the_attention_of_an_answer_of_one_token_is_not_the_whole_picture(folder, monkeypatch):
+    def attend_to_the_last_visual_token(q, k, v, mask):
+        att = torch.zeros(*q.shape[:3], k.size(2))
+        att[..., 15] = 1
+        return torch.zeros_like(q), att
+    monkeypatch.setattr(vlm, 'attend', attend_to_the_last_visual_token)
+    monkeypatch.setattr(sample, 'contact_sheet', sheet := mock.Mock())
+    model, tok, _ = load_checkpoint(str(folder / 'ckpt.pt'))
+    pixels = image_transform(model.cfg)(open_image(f'{folder}/b.png', 64))
+
+    sample.draw_attention(model, tok, pixels, torch.tensor([256]), [*b'7'], f'{folder}/b.png', '')
+
+    plain, marked = [tile for tile, _ in sheet.call_args[0][0]]
+    assert ImageChops.difference(plain, marked).getbbox() == (234, 234, 312, 312)

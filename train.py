@@ -110,7 +110,7 @@ def make_transform(cfg, augment=False):
     return transforms.Compose(steps)
 
 class Batches(torch.utils.data.Dataset):
-    """Batch n depends only on seed, n and the number of processes, so a resumed run sees the same batches.
+    """Batch n depends only on n, the settings and the number of processes, so resuming repeats it.
     Each process builds its own share of a batch."""
     def __init__(self, data, cfg, tokenizer, rank=0, world=1, augment=False):
         self.data, self.cfg, self.tokenizer = data, cfg, tokenizer
@@ -142,7 +142,7 @@ def load(batches, numbers, where):
     if workers and os.path.isdir('/dev/shm'):  # holds up to three batches from each worker
         needed = 3 * workers * batch_size * 3 * batches.cfg.image_size**2
         free = shutil.disk_usage('/dev/shm').free
-        check(free > needed, f'{workers} workers need {needed >> 20} MB in /dev/shm, and {free >> 20} MB are '
+        check(free > needed, f'{workers} workers need {needed >> 20} MB in /dev/shm, but {free >> 20} MB is '
                              'free: try docker run --shm-size=1g, or --num_workers=0')
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=numbers, num_workers=workers,
@@ -152,7 +152,7 @@ def load(batches, numbers, where):
     try:
         for batch in loader:
             yield [None if x is None else x.to(where, non_blocking=True) for x in batch]
-        if workers:  # they have ended; if still registered, each evaluation would leave open pipes
+        if workers:  # they have ended; left registered, each evaluation would leak pipes
             atexit.unregister(loader._shutdown_workers)
     except UserError as e:  # from a worker, the message follows a traceback
         raise UserError(str(e).split('UserError: ')[-1].strip()) from e
@@ -220,7 +220,7 @@ def make_optimizers(model):
     understood = ','.join(map('='.join, scales.items())) == lr_scale.replace(' ', '')  # nothing was skipped
     check(understood and set(scales) <= set(parts), f'lr_scale={lr_scale}: expected e.g. vision=0.1')
     check(optimizer in ('muon', 'adamw'), f'optimizer={optimizer} must be muon or adamw')
-    groups = defaultdict(list)  # by matrix shape (None: for AdamW), rate factor, has weight decay
+    groups = defaultdict(list)  # by (matrix shape for Muon or None, rate factor, has weight decay)
     for name, p in model.named_parameters():
         part = name.split('.')[0]
         p.requires_grad_(part not in frozen)
@@ -268,8 +268,7 @@ def exact_answers(model, tok, items, title):
         logits, _ = model(images.to(where), ids.to(where), targets.to(where))
         likeliest = targets.clone()
         likeliest[targets != -100] = logits.argmax(dim=-1).cpu()  # logits of scored positions only
-        is_whole = (targets == tok.end).any(dim=1)  # not cut to fit
-        right = (likeliest == targets).all(dim=1) & is_whole
+        right = (likeliest == targets).all(dim=1) & (targets == tok.end).any(dim=1)  # and not cut
         for (_, [(prompt, _)]), is_right in zip(batch, right.tolist()):
             kind = ' '.join(prompt.split()[:2]) or 'caption'
             asked[kind] += 1
@@ -309,7 +308,8 @@ def evaluate(model, batches, step, last, where):
         count += n
     own, swapped, share = own / count, swapped / count, math.nan
     gain = f'with images swapped {swapped:.4f}, image gain {swapped - own:.4f}'
-    if len(images) == 1:  # of the last batch
+    if len(images) == 1:  # in each batch
+        swapped = math.nan
         gain = 'image gain unknown: it needs two held-out images in a batch'
     print(f'step {step}: held-out loss {own:.4f}, {gain}')
     if eval_samples:
@@ -345,8 +345,8 @@ def make_model(texts):
     tok = Tokenizer.make(tokenizer or cfg['tokenizer'], texts, vocab_size or cfg['vocab_size'])
     if 'text' not in published:  # a published decoder fixes its vocab_size
         cfg['vocab_size'] = tok.vocab_size
-    known = 'text' not in published or tok.name not in ('bytes', 'bpe')  # a new one has other ids
-    check(known and tok.vocab_size <= cfg['vocab_size'], f'tokenizer={tok.name} does not fit the decoder')
+    matches = 'text' not in published or tok.name not in ('bytes', 'bpe')  # the decoder knows its ids
+    check(matches and tok.vocab_size <= cfg['vocab_size'], f'tokenizer={tok.name} does not fit the decoder')
     chosen = dict(image_size=image_size, block_size=block_size, projection=projection)
     cfg |= {name: value for name, value in chosen.items() if value}
     if dropout >= 0:
@@ -366,13 +366,13 @@ def main(argv=None):
     check(preset in PRESETS, f'preset={preset} must be one of {", ".join(PRESETS)}')
     positive = 'eval_interval log_interval eval_iters batch_size texts_per_image gradient_accumulation_steps'
     least = dict.fromkeys(positive.split(), 1) | dict(eval_samples=0, warmup_iters=0, grad_clip=0)
-    for name in least:
-        check(settings[name] >= least[name], f'{name}={settings[name]} must be at least {least[name]}')
+    for name, low in least.items():
+        check(settings[name] >= low, f'{name}={settings[name]} must be at least {low}')
     check(not eval_only or init_from == 'resume', 'eval_only needs init_from=resume')
     folder = os.path.expanduser(out_dir)
     path = f'{folder}/ckpt.pt'
 
-    # 2. a resumed run keeps its settings, except those given on the command line, which override again
+    # 2. a resumed run starts from its saved settings; the command line is applied again on top
     checkpoint = {}
     if init_from == 'resume':
         model, tok, checkpoint = load_checkpoint(path)
@@ -439,7 +439,7 @@ def main(argv=None):
     # 6. the log; a signal stops the run after its step
     log_path = f'{folder}/log.csv' if rank == 0 and not eval_only else os.devnull
     rows = []
-    if step and os.path.exists(log_path):  # drop rows after the last save
+    if step and os.path.exists(log_path):  # drop rows after the last save (the header is 0)
         with open(log_path, encoding='utf-8', errors='replace') as f:
             rows = [row.rstrip() + '\n' for row in f if int(re.match(r'\d*', row)[0] or 0) <= step]
     log = open(log_path, 'w', buffering=1)
@@ -472,7 +472,7 @@ def main(argv=None):
                 state |= dict(scaler=scaler.state_dict(), optimizers=[o.state_dict() for o in optimizers])
                 try:
                     save_checkpoint(path, model, tok, **state)
-                except UserError as e:  # the disk is full, perhaps: the next save may succeed
+                except UserError as e:  # perhaps a full disk: the next save may succeed
                     check(not last, str(e))
                     print(f'step {step}: {e}')
             if not halt:
@@ -526,9 +526,9 @@ def main(argv=None):
             seconds = (time.time() - since) / n
             images = n_images * gradient_accumulation_steps / seconds
             with contextlib.suppress(OSError):  # a full disk or a closed pipe must not end the run
+                print(f'{step},{time.time() - began:.1f},{loss:.5f},,,', file=log)
                 print(f'step {step}/{max_iters}: loss {loss:.4f}, {seconds * 1000:.0f} ms, '
                       f'{images:.0f} images/s, {(max_iters - step) * seconds / 60:.1f} min left', flush=True)
-                print(f'{step},{time.time() - began:.1f},{loss:.5f},,,', file=log)
             losses = []
             since = time.time()
     check(skipped < 20, '20 steps in a row were skipped: resume with float32 or lower rates')

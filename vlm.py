@@ -61,7 +61,7 @@ class TransformerConfig:  # one stack of blocks: vision encoder or language deco
         divisible = min(C, H, G) > 0 and C % H == 0 and H % G == 0
         check(divisible, f'n_embd={C} must be divisible by n_head={H}, and n_head by n_kv_head={G}')
         check(self.position == 'learned' or (C // H) % 2 == 0, f'RoPE: n_embd/n_head={C // H} must be even')
-        check(0 < self.n_layer < 200, f'n_layer={self.n_layer} must be in 1..199')  # damaged file?
+        check(0 < self.n_layer < 200, f'n_layer={self.n_layer} must be in 1..199')  # bad file?
         check(0 <= self.dropout < 1, f'dropout={self.dropout} must be in [0, 1)')
 
 @dataclass(frozen=True)
@@ -113,11 +113,11 @@ GPT2 = TransformerConfig(n_layer=12, n_head=12, n_embd=768, activation='gelu_tan
 LLAMA = TransformerConfig(norm='rms', norm_eps=1e-5, activation='swiglu', position='rope', bias=False)
 SMOLLM2_135M = replace(LLAMA, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536, rope_base=1e5)
 SLIM = TransformerConfig(n_layer=4, n_head=8, n_embd=128, bias=False)
-SMALL = dict(image_size=64, patch_size=8, stem='conv', projection='pixel_shuffle', input_norm=True)
+SHARED = dict(image_size=64, patch_size=8, stem='conv', projection='pixel_shuffle', input_norm=True)
 PRESETS = {  # visual tokens (N,C): tiny and small (16,128), base (196,768), nanovlm (49,576)
-    'tiny': VLMConfig(replace(SLIM, n_layer=1), SLIM, vocab_size=512, block_size=112, **SMALL),
+    'tiny': VLMConfig(replace(SLIM, n_layer=1), SLIM, vocab_size=512, block_size=112, **SHARED),
     'small': VLMConfig(replace(SLIM, n_layer=1, n_head=4, dropout=0.1), replace(SLIM, n_head=4, dropout=0.1),
-                       vocab_size=4096, block_size=160, **SMALL),
+                       vocab_size=4096, block_size=160, **SHARED),
     'base': VLMConfig(SIGLIP_B, GPT2, tokenizer='gpt2'),
     'nanovlm': VLMConfig(SIGLIP_B, SMOLLM2_135M, projection='pixel_shuffle', vocab_size=49152,
                          tokenizer='HuggingFaceTB/cosmo2-tokenizer', prompt_template='Question: {} Answer:',
@@ -140,7 +140,7 @@ def rope_cos_sin(cfg, pos):
 
 def apply_rope(x, rope):
     """Rotary position embedding (arXiv 2104.09864): turns each channel pair (i, i + D/2) of x (B,H or G,L,D)
-    by its angle, so q.k depends on positions only by their distance. (The paper pairs 2i and 2i + 1.)"""
+    by its angle, so q.k depends on positions only by their difference. (The paper pairs 2i and 2i + 1.)"""
     cos, sin = rope.to(x.dtype)  # each (B,1,L,D/2) or (1,1,L,D/2): all heads rotate alike
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -168,7 +168,7 @@ class KVCache:  # the keys (after RoPE) and values (B,G,S,D) that one layer has 
         return k, v
 
 class Attention(nn.Module):
-    """Multi-head attention: each query scores the keys; the output averages the values, weighted by softmax.
+    """Multi-head attention: each query scores the keys; the output is the softmax-weighted mean of values.
     Self- or cross-attention, causal or not, with grouped-query heads, RoPE and a KV cache."""
     def __init__(self, cfg, causal=False):
         super().__init__()
@@ -192,11 +192,11 @@ class Attention(nn.Module):
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:
             assert cache.k is None or x.size(1) == 1, 'after the prompt, one token at a time'
-            k, v = cache.update(k, v)  # S: old keys and new ones
+            k, v = cache.update(k, v)  # adds the old ones: from here on S is all keys
         if self.group_size > 1:  # (B,G,S,D) -> (B,H,S,D)
             k = k.repeat_interleave(self.group_size, dim=1)
             v = v.repeat_interleave(self.group_size, dim=1)
-        # one new token may see every key, since none comes later; a given mask must already be causal
+        # a single new token may see every key: none is in its future. A given mask must be causal already
         is_causal = x.size(1) > 1 and mask is None and self.causal
         if self.keep_map or avoid_fused_attention(q):
             if is_causal:  # then the cache was empty (see the assert), so L = S
@@ -297,10 +297,10 @@ class MultimodalProjection(nn.Module):
             self.proj = nn.Sequential(nn.Linear(n_in, n_hidden), nn.GELU(), nn.Linear(n_hidden, n_out))
         else:  # one linear map; as in nanoVLM, pixel_shuffle has no bias
             self.proj = nn.Linear(n_in, n_out, bias=self.kind != 'pixel_shuffle')
-        if self.kind == 'perceiver':  # Flamingo's (2204.14198), but no latent attends to a latent
+        if self.kind == 'perceiver':  # as in Flamingo (2204.14198), but latents only see features
             self.norm = make_norm(cfg.text)  # for the features: a Block does not normalize its context
             self.latents = nn.Parameter(0.02 * torch.randn(cfg.n_latents, n_out))
-            self.resampler = Transformer(replace(cfg.text, n_layer=2))  # not causal; gets no rope
+            self.resampler = Transformer(replace(cfg.text, n_layer=2))  # not causal, no positions
     def forward(self, x):
         """Features (B,grid*grid,n_embd) -> visual tokens (B,N,C)."""
         if self.kind == 'pixel_shuffle':
@@ -353,7 +353,7 @@ class MinimalVLM(nn.Module):
         self.decoder = LanguageDecoder(cfg)
         self.init_weights()
     def init_weights(self):
-        """Linear layers and embeddings as in GPT-2; but in self-attention q and k start equal, and larger."""
+        """Linear layers and embeddings as in GPT-2, but self-attention's q and k start equal."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -363,8 +363,8 @@ class MinimalVLM(nn.Module):
             for block in stack.blocks:
                 for layer in (block.attn.out, block.mlp.down):  # these add to the residual stream
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
-        # q and k start as one W: each head scores similarity. Summed over heads, (Wx).(Wy) is about 0.49 x.y
-        # (arXiv 2305.09828). Small models then learn sooner what words refer to.
+        # q and k start as one W, std 0.7/sqrt(C): over all heads, (Wx).(Wy) is about 0.7^2 x.y, so attention
+        # starts as similarity (arXiv 2305.09828). Small models then learn sooner what words refer to.
         for attn in [*self.vision.modules(), *self.decoder.modules()]:
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
                 nn.init.normal_(attn.k.weight, std=0.7 / math.sqrt(attn.k.in_features))
@@ -383,11 +383,11 @@ class MinimalVLM(nn.Module):
 
     def forward(self, images, ids, targets=None, positions=None):
         """images and ids as for embed. targets (B,T): the next token after each id, or -100 where not scored.
-        positions (B,T): each token's index within its own text; required when a row packs texts.
+        positions (B,T): index of each id in its own text (see collate); required when a row packs texts.
         -> all logits (B,T,V) and None; or, with targets, the scored logits (n_scored,V) and the mean loss."""
         x = self.embed(images, ids)  # (B,S,C)
         N = x.size(1) - ids.size(1)
-        pos = torch.arange(x.size(1), device=x.device)[None]  # (1,S): 0, 1, 2, ...; for the decoder
+        pos = torch.arange(x.size(1), device=x.device)[None]  # decoder positions: 0, 1, 2, ...
         mask = None
         if positions is not None:  # packed: each text begins at pos N, as if it were alone
             pos = torch.cat([pos[:, :N].expand(len(ids), -1), N + positions], dim=1)  # (B,S)
@@ -422,7 +422,7 @@ class MinimalVLM(nn.Module):
 
     @torch.inference_mode()
     def score(self, image, prompt, choices):
-        """Log-probability (n,) of n choices (ids, ending in tokenizer.end). image (3,P,P), prompt (T,)."""
+        """Log-probabilities (n,) of n choices (ids, ending in tokenizer.end). image (3,P,P), prompt (T,)"""
         answers = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-100)  # (n,A)
         ids = torch.cat([prompt.expand(len(choices), -1), answers.clamp(min=0)], dim=1)  # (n,T+A)
         logits, _ = self(image[None], ids[:, :-1])  # (n,T+A-1,V): each predicts the next token
@@ -434,7 +434,7 @@ class MinimalVLM(nn.Module):
         """Loads public weights. names: 'name' or 'encoder,decoder', each a repository, folder,
         alias or ResNet. Parts that no file covers keep random weights. cfg replaces the published one."""
         names = [name.strip() for name in names.split(',')]
-        published = {}
+        published = {}  # fields of VLMConfig
         for name in names:
             published |= read_config(name)
         model = cls(cfg or VLMConfig(**published))
@@ -450,7 +450,7 @@ class MinimalVLM(nn.Module):
 def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
     """Nucleus sampling (arXiv 1904.09751): draws from the smallest set of most likely tokens whose total
     probability reaches p, after temperature (0: greedy) and top_k (0: off). logits (B,V) -> ids (B,1)"""
-    check(temperature >= 0 and top_k >= 0, f'temperature={temperature}, top_k={top_k}: must be >= 0')
+    check(temperature >= 0 and top_k >= 0, f'temperature={temperature}, top_k={top_k}: both must be >= 0')
     check(0 < p <= 1, f'top_p={p} must be in (0, 1]')
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
@@ -469,9 +469,9 @@ def read_table(text):
     ours, *columns = zip(*[line.split() for line in text.strip().splitlines()])  # rows to columns
     return {column[0]: dict(zip(ours[1:], column[1:])) for column in columns}
 
-# First column: our layers; others: their names in public files. load_weights adds .weight or .bias (not to
-# position_embedding). #: block number. -: no such tensor. :T: stored transposed. :0, :1, :2: the q, k or v
-# third of a fused tensor. So blocks.3.attn.k is the middle third of GPT-2's h.3.attn.c_attn, transposed.
+# First column: our layers; others: their names in public files. load_weights adds .weight or .bias (but not
+# to position_embedding). '#' is the block number, '-' no tensor. Suffix :T transposes; :0, :1, :2 take the
+# q, k or v third; :T1 transposes, then takes k: blocks.3.attn.k is a third of GPT-2's h.3.attn.c_attn.
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
 stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
@@ -501,11 +501,11 @@ blocks.#.mlp.gate   -                      layers.#.mlp.gate_proj               
 blocks.#.mlp.down   h.#.mlp.c_proj:T       layers.#.mlp.down_proj               decoder.blocks.#.mlp.down_proj
 norm                ln_f                   norm                                 decoder.norm
 """)
-# (part of our model, column of its table); a file that has the last row's .weight has the whole layout
+# (part, {ours: theirs}); a file has this layout of the part if it has the last row's .weight (final norm)
 LAYOUTS = [('vision', names) for names in VISION_NAMES.values()]
 LAYOUTS += [('decoder', names) for names in TEXT_NAMES.values()] + [('projection', {'proj': 'MP.proj'})]
 PREFIX = r'^(transformer|vision_model|model)\.'  # some files put it before each name
-# tensors we ignore: SigLIP's text half, scale, bias and pooling head, GPT-2's masks, RoPE tables
+# ignored tensors: SigLIP's text half, scale, bias and pooling head, GPT-2's masks, RoPE tables
 UNUSED = r'text_model\..*|logit_\w+|head\..*|.*\.attn\.(masked_)?bias|.*inv_freq'
 
 # what a config.json calls the fields of TransformerConfig (upper table) and of VLMConfig (lower table)
@@ -554,7 +554,7 @@ def fetch(name, file):
         part, _ = urllib.request.urlretrieve(url, f'{path}.{os.getpid()}', show)
         os.replace(part, path)
     except (OSError, ValueError) as e:  # ContentTooShortError is an OSError
-        raise UserError(f'cannot download {url} ({e}): save it by hand (one file, no shards) to '
+        raise UserError(f'cannot download {url} ({e}): save it there yourself (one file, no shards): '
                         f'{path}, or train your own model: python train.py') from e
     return path
 
@@ -566,25 +566,25 @@ def read_json(path):
         raise UserError(f'{path} cannot be read as a JSON object ({e})') from e
 
 def read_config(name):
-    """All VLMConfig fields that a published model fixes, defaults too: train.py overrides a preset's."""
-    base = dict(encoder='vit', stem='patch', image_size=224, patch_size=16)
-    base |= dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
+    """The VLMConfig fields a published model fixes, defaults included: they must override a preset's."""
+    image_side = dict(encoder='vit', stem='patch', image_size=224, patch_size=16)
+    image_side |= dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
     if name in ('resnet18', 'resnet50'):
-        base |= dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
-        return base | dict(encoder=name, patch_size=32)
+        image_side |= dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
+        return image_side | dict(encoder=name, patch_size=32)
     path = fetch(name, 'config.json')
     config = read_json(path)
-    kind = str(config.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # a vision half
+    kind = str(config.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # without text
     check(kind in SUPPORTED, f'{path}: model_type={kind} must be one of {", ".join(SUPPORTED)}')
     config |= config.get('vision_config') or {}  # in a full SigLIP's config
     config |= config.get('rope_parameters') or {}  # in a newer Llama's
     for key, value in SUPPORTED[kind].items():
         check(config.get(key, value) == value, f'{path}: {key}={config.get(key)} must be {value}')
-    def fields_of(names):  # what config has, under our names ('-' is no key of it)
+    def fields_of(names):  # config's values under our names ('-' is no key of config)
         return {ours: config[key] for ours, key in names.items() if config.get(key) is not None}
     if kind == 'siglip':
         vision = replace(SIGLIP_B, **fields_of(STACK_FIELDS['siglip']))
-        return base | fields_of(MODEL_FIELDS['siglip']) | dict(vision=vision)
+        return image_side | fields_of(MODEL_FIELDS['siglip']) | dict(vision=vision)
     if kind == 'nanovlm':
         vision = replace(SIGLIP_B, **fields_of(STACK_FIELDS['nanovlm-vision']))
         text = replace(LLAMA, **fields_of(STACK_FIELDS['nanovlm-text']))
@@ -617,7 +617,7 @@ def load_weights(model, path):
     """Loads each part of the model that the file covers; leaves the others as they are."""
     tensors = {re.sub(PREFIX, '', name): x for name, x in read_safetensors(path).items()}
     heads = [tensors.pop(name) for name in ('lm_head.weight', 'decoder.head.weight') if name in tensors]
-    if heads and 'decoder.norm.weight' in tensors:  # nanoVLM's file may hold only the head
+    if heads and 'decoder.norm.weight' in tensors:  # nanoVLM may store the tied tensor as head
         tensors.setdefault('decoder.token_embedding.weight', heads[0])
     used = set()
     for part, names in LAYOUTS:
@@ -625,7 +625,7 @@ def load_weights(model, path):
             continue
         for name, parameter in getattr(model, part).named_parameters():
             # transformer.blocks.3.attn.k.weight -> number 3, row blocks.#.attn.k, suffix .weight
-            number = ''.join(re.findall(r'blocks\.(\d+)', name))  # '' outside the blocks
+            number = name.partition('blocks.')[2].partition('.')[0]  # '' outside the blocks
             row = name.removeprefix('transformer.').replace(f'blocks.{number}.', 'blocks.#.')
             row, suffix = os.path.splitext(row)  # position_embedding has no suffix
             theirs, _, how = names.get(row, '-').partition(':')  # h.#.attn.c_attn, T1
@@ -682,7 +682,7 @@ def load_checkpoint(path, device='cpu'):
 
 # 9. Tokenizers ----------------------------------------------------------------------------------------
 END = '<|endoftext|>'
-# split text before BPE; PIECES cuts out each digit: 'in 24' -> 'in', ' ', '2', '4', not 'in', ' 24'
+# how text is split before BPE; PIECES isolates digits: 'in 24' -> 'in', ' ', '2', '4', not 'in', ' 24'
 PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -702,7 +702,7 @@ class Tokenizer:
     def decode(self, ids):
         return ''.join(self.stream(ids))
     def stream(self, ids):
-        """Text piece by piece, without special tokens; characters are held back until complete."""
+        """Text piece by piece, without special tokens; incomplete characters are held back."""
         decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
         for i in ids:
             yield decoder.decode(self.bytes.get(int(i), b''))
@@ -728,7 +728,7 @@ class Tokenizer:
         for step in steps:
             for key, value in supported.items():
                 check(step.get(key, value) == value, f'{path}: unsupported pre-tokenizer ({key})')
-        # tiktoken merges the lowest id first, so ids must rise in the order of the merges (-1: missing)
+        # tiktoken merges the lowest id first: ids must rise in merge order. -1 (missing) breaks the order
         joined = [m.replace(' ', '') if isinstance(m, str) else ''.join(m) for m in model['merges']]
         ids = [0] + [model['vocab'].get(token, -1) for token in joined]
         check(END in special and ids == sorted(ids), f'{path}: no {END}, or ids not in merge order')
@@ -743,7 +743,7 @@ def learn_bpe(texts, n_tokens):
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?=\d)|\s+(?!\S)|\s+"
     pieces = Counter(piece for text in texts for piece in re.findall(pattern, text))
     counts = list(pieces.values())  # how often each piece occurs in the texts
-    # each piece with its tokens in brackets (which none contains), at first one for each byte: ‹c›‹a›‹t›
+    # pieces as bracketed tokens, at first one per byte: ‹c›‹a›‹t› (‹ is not latin-1, so in no token)
     words = [''.join(f'‹{chr(b)}›' for b in piece.encode('utf-8', 'replace')) for piece in pieces]
     pairs = Counter()  # (left, right) -> how often they are neighbors in the texts
     def add_pairs(word, n):
@@ -757,7 +757,7 @@ def learn_bpe(texts, n_tokens):
         (left, right), most = pairs.most_common(1)[0]
         if most < 2:
             break
-        tokens[left + right] = len(tokens)  # always new: the same bytes always merge alike
+        tokens[left + right] = len(tokens)  # new: only one pair can make the same bytes
         apart, joined = f'‹{left}›‹{right}›', f'‹{left}{right}›'
         for i, word in enumerate(words):
             if apart in word:
@@ -771,7 +771,7 @@ def open_image(path, size):
     """An image file as 8-bit RGB, upright. A JPEG may be decoded smaller, but never below size."""
     try:
         with open(path, 'rb') as f, warnings.catch_warnings(action='ignore'), Image.open(f) as image:
-            image.draft('RGB', (size, size))  # opened as f: given path, Pillow 13 can turn a TIFF wrongly
+            image.draft('RGB', (size, size))  # Pillow 13 can misrotate a TIFF opened by path
             return to_rgb(image)
     except Exception as e:  # broken files make Pillow raise almost anything
         raise UserError(f'{path} is not a readable image ({e!r})') from e
@@ -781,10 +781,10 @@ def to_rgb(image):
     image.load()  # decode now: the suppress() below would hide a broken file
     with contextlib.suppress(Exception):  # ignore broken EXIF data
         image = ImageOps.exif_transpose(image)
-    if image.mode[0] in 'IF':  # more than 8 bits, or floats: take the range from the brightest
+    if image.mode[0] in 'IF':  # more than 8 bits, or floats: white is the first of these >= maximum
         image = image.convert('F')
         high = image.getextrema()[1]
-        white = next((w for w in (1, 255, 65535) if w >= high), high)  # the smallest usual one
+        white = next((w for w in (1, 255, 65535) if w >= high), high)
         image = image.point(lambda v: v * (255 / white)).convert('L')
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
@@ -794,12 +794,12 @@ def image_transform(cfg):  # RGB image -> uint8 (3,P,P), squashed to a square; e
     return transforms.Compose([transforms.Resize([cfg.image_size] * 2), transforms.PILToTensor()])
 
 def encode_prompt(tokenizer, cfg, prompt):
-    """Ids of the template filled with prompt or, if that is empty, caption_prompt; END if both are empty."""
+    """Ids of the template filled with prompt (default: caption_prompt), or just END if both are empty."""
     prompt = prompt.strip() or cfg.caption_prompt
     if not prompt:
         return [tokenizer.end]
     ids = tokenizer.encode(cfg.prompt_template.replace('{}', prompt))
-    return ids[-((cfg.block_size - cfg.n_visual) // 2) :]  # if long, its end: half the room for text
+    return ids[-((cfg.block_size - cfg.n_visual) // 2) :]  # keeps the end
 
 def encode_answer(tokenizer, cfg, answer):
     return tokenizer.encode(cfg.answer_prefix + answer.strip()) + [tokenizer.end]
@@ -821,7 +821,7 @@ def collate(items, cfg, tokenizer, transform):
             row += zip(ids, targets, range(len(ids)))
         rows.append(row[: cfg.block_size - cfg.n_visual])
     longest = max(map(len, rows))
-    rows = [row + [(0, -100, 0)] * (longest - len(row)) for row in rows]  # each pad, at position 0, is a text
+    rows = [row + [(0, -100, 0)] * (longest - len(row)) for row in rows]  # position 0: pads stay apart
     ids, targets, positions = torch.tensor(rows).unbind(-1)  # (B,T,3) -> three times (B,T)
     packed = any(len(texts) > 1 for _, texts in items)
     images = torch.stack([transform(image) for image, _ in items])
