@@ -89,7 +89,7 @@ def assert_one_line(error):
 
 # the files --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('name, limit', [
-    ('vlm.py', 850), ('data.py', 452), ('train.py', 560), ('sample.py', 180), ('test_vlm.py', 6150),
+    ('vlm.py', 850), ('data.py', 452), ('train.py', 560), ('sample.py', 180), ('test_vlm.py', 6400),
     ('README.md', 250)])
 def test_the_files_keep_to_their_length_and_width(name, limit):
     lines = (HERE / name).read_text(encoding='utf-8').splitlines()
@@ -227,6 +227,16 @@ def test_the_nanovlm_preset_gives_pixels_from_0_to_1_to_the_encoder():
     x = model.embed(images, ids)
 
     assert_close(x[:, :4], model.projection(model.vision(images / 255)), 1e-4)
+
+def test_a_width_of_0_is_refused_by_name():
+    with pytest.raises(UserError, match='n_embd=0'):
+        replace(VIT, n_embd=0)
+
+def test_patches_of_0_pixels_are_refused_in_one_line():
+    with pytest.raises(UserError, match='image_size=32 must be a multiple of 0') as error:
+        replace(CFG, patch_size=0)
+
+    assert_one_line(error)
 
 # vlm.py, 2. blocks ------------------------------------------------------------------------------------
 def test_attend_equals_an_example_worked_by_hand():
@@ -502,6 +512,31 @@ def test_gradient_checkpointing_keeps_the_texts_of_a_row_apart():
     for both, a, b in zip(packed, first, second):
         assert_close(both, (a + b) / 2)
 
+@torch.no_grad()
+def test_positions_beyond_256_are_told_apart_in_bfloat16():
+    """Which has no 301: with rotary positions only their distance counts."""
+    decoder = build(CFG).decoder.bfloat16()
+    x = torch.randn(1, 2, 32).bfloat16()
+
+    near, far = [decoder(x, torch.tensor([[first, first + 1]])).float() for first in (0, 300)]
+
+    assert_close(near, far, 0.1)
+
+def test_a_pytorch_whose_attention_is_wrong_on_mps_is_not_asked(monkeypatch):
+    q = SimpleNamespace(is_cpu=False, is_mps=True)
+
+    for version, avoided in (('2.12.1', True), ('2.13.0', False)):
+        monkeypatch.setattr(torch, '__version__', torch.torch_version.TorchVersion(version))
+        assert vlm.avoid_fused_attention(q) == avoided
+
+def test_an_attention_map_is_made_on_the_device_of_its_queries():
+    attention = vlm.Attention(LLAMA, causal=True).to('meta')
+    attention.keep_map = True
+
+    attention(torch.randn(2, 6, 32, device='meta'))
+
+    assert attention.attn_map.is_meta
+
 # vlm.py, 3. vision encoder ----------------------------------------------------------------------------
 def test_patches_enter_row_by_row():
     torch.manual_seed(0)
@@ -568,6 +603,18 @@ def test_resnet_features_equal_torchvisions():
         for column in range(2):
             assert_close(features[:, 2 * row + column], grid[:, :, row, column])
 
+def test_the_conv_stem_takes_the_maximum_of_each_square_of_2_by_2():
+    stem = vlm.conv_stem(8).eval()
+    x = torch.randn(2, 3, 32, 32)
+
+    cells = stem(x)
+
+    x = F.gelu(F.conv2d(x, stem[0].weight, stem[0].bias, stride=2, padding=1))
+    for i in (2, 6):
+        x = F.max_pool2d(F.conv2d(x, stem[i].weight, padding=1), 2)
+        x = F.gelu(x / (1 + 1e-5) ** 0.5)  # new batch norms have mean 0 and variance 1
+    assert_close(cells, F.conv2d(x, stem[10].weight, stem[10].bias, padding=1))
+
 # vlm.py, 4. projection --------------------------------------------------------------------------------
 def test_pixel_shuffle_takes_rows_then_columns_then_channels():
     cells = torch.arange(16 * 5).view(4, 4, 5)
@@ -626,6 +673,21 @@ def test_the_visual_tokens_of_a_new_perceiver_differ_from_each_other():
 
     distances = torch.pdist(tokens)  # (10,): of each pair of the five
     assert distances.min() > 1
+
+@pytest.mark.parametrize('side, f', [(6, 2), (6, 3), (8, 2)])
+def test_pixel_shuffle_is_pytorchs_pixel_unshuffle_but_for_the_order_of_channels(side, f):
+    x = torch.randn(2, side * side, 5)
+
+    shuffled = vlm.pixel_shuffle(x, f)
+
+    theirs = F.pixel_unshuffle(x.mT.unflatten(2, (side, side)), f)  # (2,5*f*f,side/f,side/f)
+    assert torch.equal(shuffled, theirs.view(2, 5, f * f, -1).permute(0, 3, 2, 1).flatten(2))
+
+@pytest.mark.parametrize('n_layer', [1, 3])
+def test_a_perceiver_has_two_blocks_however_deep_the_decoder_is(n_layer):
+    model = MinimalVLM(replace(KINDS['perceiver'], text=replace(LLAMA, n_layer=n_layer)))
+
+    assert len(model.projection.resampler.blocks) == 2
 
 # vlm.py, 5. language decoder --------------------------------------------------------------------------
 def test_what_enters_the_decoder_has_mean_0_and_standard_deviation_1():
@@ -969,6 +1031,14 @@ def test_scores_of_a_model_in_bfloat16_are_summed_more_precisely_than_that():
     logits = model(images[:1], torch.cat([prompt, answer])[None])[0][0, 2:-1]
     logp = logits.double().log_softmax(dim=-1)
     assert_close(score, logp.gather(1, answer[:, None]).sum(), 1e-3)
+
+def test_forward_makes_all_its_tensors_on_the_device_of_the_model(cfg):
+    """Here on PyTorch's device without memory, which mixes with no other."""
+    model = build(cfg).to('meta')
+    images, ids = [x.to('meta') for x in some_input(cfg)]
+
+    for positions in (None, ids):
+        assert model(images, ids, positions=positions)[0].shape == (3, 7, 300)
 
 # vlm.py, 7. sampling ----------------------------------------------------------------------------------
 def draw(probs, n=4000, **options):
@@ -1893,6 +1963,91 @@ def test_a_safetensors_file_may_have_doubles(tmp_path):
 
     assert torch.equal(vlm.read_safetensors(tmp_path / 'a.safetensors')['x'], x)
 
+@pytest.mark.parametrize('name', ['resnet18', 'resnet50'])
+def test_a_resnet_gets_pixels_as_torchvision_normalizes_them(name):
+    published = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+
+    config = vlm.read_config(name)
+
+    assert config['encoder'] == name
+    assert (config['image_mean'], config['image_std']) == (tuple(published.mean), tuple(published.std))
+
+def test_the_larger_resnet_has_public_weights_too(monkeypatch):
+    cfg = replace(KINDS['resnet'], encoder='resnet50')
+    published = torchvision.models.resnet50()
+    monkeypatch.setattr(torchvision.models, 'get_model', get := mock.Mock(return_value=published))
+
+    model = MinimalVLM.from_pretrained('resnet50', cfg)
+
+    assert get.call_args == mock.call('resnet50', weights='DEFAULT')
+    assert model.vision.layers[0] is published.conv1
+
+def test_the_name_of_a_repository_may_have_dots_and_underscores(hub):
+    path = hub[0] / 'an-owner/a_model-v1.0/file'
+    path.parent.mkdir(parents=True)
+    path.write_text('content')
+
+    assert pathlib.Path(vlm.fetch('an-owner/a_model-v1.0', 'file')).read_text() == 'content'
+
+def test_the_angles_in_older_files_of_llama_are_skipped(tmp_path):
+    st = pytest.importorskip('safetensors.torch')
+    theirs = write_published('llama', tmp_path)
+    tensors = st.load_file(tmp_path / 'model.safetensors')
+    for i in range(2):
+        tensors[f'model.layers.{i}.self_attn.rotary_emb.inv_freq'] = torch.ones(4)
+    st.save_file(tensors, tmp_path / 'model.safetensors')
+    ids = some_input(CFG)[1]
+
+    model = MinimalVLM.from_pretrained(str(tmp_path), replace(CFG, **vlm.read_config(str(tmp_path))))
+
+    assert_close(model(None, ids)[0], theirs(ids).logits, 5e-6)
+
+def test_positions_in_float16_are_interpolated_more_precisely_than_that():
+    x = torch.randn(16, 8).half()
+
+    resized = vlm.fit_positions(x, 36, 'vision')
+
+    grid = x.double().T.view(1, 8, 4, 4)
+    assert_close(resized, F.interpolate(grid, size=6, mode='bicubic').view(8, 36).T, 1e-5)
+
+def test_a_nanovlm_that_shuffles_otherwise_is_refused_by_key_and_file(tmp_path):
+    write_nanovlm(tmp_path)
+    change_config(tmp_path, mp_pixel_shuffle_factor=4)
+
+    with pytest.raises(UserError, match='config.json: mp_pixel_shuffle_factor=4 must be 2'):
+        vlm.read_config(str(tmp_path))
+
+def test_null_in_a_config_is_as_if_it_were_not_there(tmp_path):
+    write_published('gpt2', tmp_path)
+    before = vlm.read_config(str(tmp_path))
+    change_config(tmp_path, vision_config=None, rope_parameters=None, n_inner=None)
+
+    assert vlm.read_config(str(tmp_path)) == before
+
+def test_a_cache_that_cannot_be_written_is_a_user_error_of_one_line(monkeypatch):
+    monkeypatch.setattr(torch.hub, 'get_dir', mock.Mock(return_value='/dev/null'))
+
+    with pytest.raises(UserError, match='cannot download .*/dev/null/vlm/owner/name') as error:
+        vlm.fetch('owner/name', 'config.json')
+
+    assert_one_line(error)
+
+def test_a_checkpoint_from_a_gpu_is_loaded_without_one(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, 'location_tag', mock.Mock(return_value='cuda:0'))
+        save_checkpoint(f'{tmp_path}/ckpt.pt', build(CFG), BYTES)
+
+    model, _, _ = load_checkpoint(f'{tmp_path}/ckpt.pt')
+
+    assert_same_state(model.state_dict(), build(CFG).state_dict())
+
+def test_a_checkpoint_is_loaded_onto_the_device_that_is_given(tmp_path):
+    save_checkpoint(f'{tmp_path}/ckpt.pt', build(CFG), BYTES)
+
+    model, _, _ = load_checkpoint(f'{tmp_path}/ckpt.pt', 'meta')
+
+    assert all(x.is_meta for x in model.state_dict().values())
+
 # vlm.py, 9. tokenizers ---------------------------------------------------------------------------------
 CORPUS = ['a small red cat sits on a red mat', 'the cat sat, a mat sat', '12 hats, café \U0001f600']
 
@@ -2157,6 +2312,35 @@ def test_a_tilde_before_a_tokenizer_json_is_the_home_folder(tmp_path, monkeypatc
     theirs = train_tokenizer(tmp_path / 'words.json', digits=True)
 
     assert Tokenizer.make('~/words.json').encode('the cat 12') == theirs.encode('the cat 12').ids
+
+def test_a_tokenizer_json_is_read_as_utf_8_whatever_the_locale(tmp_path):
+    theirs = train_tokenizer(tmp_path / 'tokenizer.json', digits=True)
+    code = f'import vlm; print(vlm.Tokenizer.make({str(tmp_path)!r}).encode("the caf\\u00e9"))'
+    locale = dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
+
+    printed = subprocess.check_output([sys.executable, '-c', code], cwd=HERE, env=ENVIRONMENT | locale)
+
+    assert json.loads(printed) == theirs.encode('the caf\u00e9').ids
+
+def test_merges_may_be_written_as_one_string_each(tmp_path):
+    """As in every tokenizer.json before 2025."""
+    theirs = train_tokenizer(tmp_path / 'tokenizer.json', digits=True)
+    content = json.loads((tmp_path / 'tokenizer.json').read_text('utf-8'))
+    content['model']['merges'] = [' '.join(pair) for pair in content['model']['merges']]
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(content))
+
+    assert Tokenizer.make(str(tmp_path)).encode('the cat 12') == theirs.encode('the cat 12').ids
+
+def test_a_tokenizer_that_lacks_the_result_of_a_merge_is_refused(tmp_path):
+    train_tokenizer(tmp_path / 'tokenizer.json', digits=True)
+    content = json.loads((tmp_path / 'tokenizer.json').read_text('utf-8'))
+    del content['model']['vocab'][''.join(content['model']['merges'][0])]
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(content))
+
+    with pytest.raises(UserError, match='order') as error:
+        Tokenizer.make(str(tmp_path))
+
+    assert_one_line(error)
 
 # vlm.py, 10. images and batches ------------------------------------------------------------------------
 def half_and_half(mode='L', top=255, bottom=0):
@@ -3685,6 +3869,25 @@ def test_a_machine_with_many_cores_gets_8_workers(settings, monkeypatch):
 
     assert make.call_args.kwargs['num_workers'] == 8
 
+def test_batches_come_on_the_device_that_is_given(settings):
+    train.num_workers = 0
+    batches = train.Batches(TenImages(2), TINY, BYTES)
+
+    [batch] = train.load(batches, [0], torch.device('meta'))
+
+    assert len(batch) == 4 and all(x.is_meta for x in batch)
+
+def test_image_dir_is_also_that_of_val_dataset(tmp_path, settings):
+    make_photos(tmp_path / 'photos', 3)
+    (tmp_path / 'some.csv').write_text('image,caption\n0.png,a\n1.png,b\n')
+    (tmp_path / 'others.csv').write_text('image,caption\n2.png,c\n')
+    train.dataset, train.val_dataset = f'{tmp_path}/some.csv', f'{tmp_path}/others.csv'
+    train.image_dir = f'{tmp_path}/photos'
+
+    _, val_set = train.make_datasets()
+
+    assert val_set[0][1] == [('', 'c')]
+
 # train.py, optimizers ---------------------------------------------------------------------------------
 def five_steps(ours, our_optimizers, theirs, their_optimizer):
     """Both get the same random gradients."""
@@ -3840,6 +4043,14 @@ def test_a_run_shorter_than_its_warmup_has_positive_rates(settings):
     train.max_iters = 20
 
     assert rate_factors(0, 9, 19) == [1 / 51, 10 / 51, 20 / 51]
+
+def test_a_factor_may_begin_with_its_point(settings):
+    train.lr_scale = 'decoder=.5'
+    model = build(CFG)
+
+    muon, _ = train.make_optimizers(model)
+
+    assert ('decoder', 0.012 * 0.5) in rates_of_parts(muon, model)
 
 # train.py, evaluation ---------------------------------------------------------------------------------
 @pytest.fixture(scope='module')
@@ -4114,6 +4325,20 @@ def test_a_long_question_keeps_to_its_column_of_the_samples(tmp_path, settings, 
 
     beside = Image.open(tmp_path / 'samples.png').crop((320, 0, 960, 494))
     assert beside.getextrema() == ((255, 255),) * 3
+
+def test_with_images_swapped_every_text_has_the_image_of_another(settings, monkeypatch):
+    def noting(model, images, *rest):
+        seen.append(images)
+        return forward(model, images, *rest)
+    seen = []
+    forward = MinimalVLM.forward
+    monkeypatch.setattr(MinimalVLM, 'forward', noting)
+    monkeypatch.setattr(train, 'draw_samples', do_nothing)
+    train.batch_size, train.eval_iters, train.eval_samples, train.num_workers = 5, 1, 0, 0
+
+    train.evaluate(build(TINY), train.Batches(TenImages(), TINY, BYTES), 0, False, torch.device('cpu'))
+
+    assert not any(torch.equal(own, swapped) for own, swapped in zip(*seen))
 
 # train.py, the run ------------------------------------------------------------------------------------
 QUICK = """--device=cpu --dtype=float32 --tokenizer=bytes --batch_size=4 --num_workers=0 --max_iters=2
@@ -5262,6 +5487,53 @@ def test_a_run_that_is_stopped_does_not_stay_to_evaluate(run, in_each_step, monk
     assert end['step'] == 1
     evaluate.assert_not_called()
 
+def test_the_device_is_the_accelerator_that_pytorch_finds(monkeypatch):
+    found = mock.Mock(return_value=torch.device('meta'))
+    monkeypatch.setattr(torch.accelerator, 'current_accelerator', found)
+
+    assert train.find_device('auto', 'float32') == (torch.device('meta'), 'float32')
+
+def test_onednn_keeps_fewer_kernels_unless_told_otherwise(monkeypatch):
+    for given, kept in ((None, '256'), ('9', '9')):
+        monkeypatch.delenv('ONEDNN_PRIMITIVE_CACHE_CAPACITY', raising=False)
+        if given:
+            monkeypatch.setenv('ONEDNN_PRIMITIVE_CACHE_CAPACITY', given)
+        runpy.run_path(str(HERE / 'train.py'))
+        assert os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'] == kept
+
+def test_the_tokenizer_beside_a_nanovlm_below_a_tilde_is_taken(hub, tmp_path, settings, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    write_nanovlm(tmp_path / 'nano')
+    theirs = train_tokenizer(tmp_path / 'nano/tokenizer.json', digits=True, vocab_size=300)
+    train.init_from = '~/nano'
+
+    _, tok = train.make_model([])
+
+    assert tok.encode('the cat 12') == theirs.encode('the cat 12').ids
+
+def test_a_last_row_of_the_log_that_was_cut_short_does_not_spoil_the_next(tmp_path, run):
+    run(*QUICK, *SMALL, '--eval_samples=0')
+    with open(tmp_path / 'out/log.csv', 'a') as f:
+        f.write('2,1')
+
+    run('--init_from=resume', '--max_iters=3')
+
+    assert [row['step'] for row in read_log(tmp_path / 'out')] == ['1', '2', '2', '2', '3', '3']
+
+def test_a_run_resumed_with_fewer_steps_than_it_has_done_ends_at_once(run, in_each_step):
+    run(*QUICK, *SMALL)
+    in_each_step(pytest.fail)
+
+    assert run('--init_from=resume', '--max_iters=1')['step'] == 2
+
+def test_texts_that_a_terminal_cannot_show_do_not_end_train(tmp_path):
+    make_photos(tmp_path / 'caf\u00e9', 3)
+
+    command = [sys.executable, HERE / 'train.py', *QUICK, f'--dataset={tmp_path}', '--max_iters=0']
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT | {'PYTHONIOENCODING': 'ascii'})
+
+    assert done.returncode == 0
+
 # the default job, in short, and what sample.py makes of it --------------------------------------------
 @pytest.fixture(scope='session', autouse=True)
 def training(request, tmp_path_factory):
@@ -6080,3 +6352,19 @@ def test_the_attention_of_an_answer_of_one_token_is_not_the_whole_picture(folder
 
     plain, marked = [tile for tile, _ in sheet.call_args[0][0]]
     assert ImageChops.difference(plain, marked).getbbox() == (234, 234, 312, 312)
+
+def test_pictures_come_on_the_device_that_is_given(tmp_path):
+    PICTURE.save(tmp_path / 'a.png')
+
+    [(_, pixels)] = data.read_pictures([f'{tmp_path}/a.png'], CFG, torch.device('meta'), [])
+
+    assert pixels.is_meta
+
+def test_public_weights_are_put_onto_the_device_that_is_given(tmp_path, monkeypatch):
+    write_nanovlm(tmp_path)
+    train_tokenizer(tmp_path / 'tokenizer.json', digits=True, vocab_size=300)
+    monkeypatch.setattr(sample, 'init_from', str(tmp_path))
+
+    model, _ = sample.load_model(torch.device('meta'))
+
+    assert all(p.is_meta for p in model.parameters())
