@@ -45,7 +45,7 @@ class TransformerConfig:  # one stack of blocks: vision encoder or language deco
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    n_kv_head: int = 0           # key/value heads, to shrink the cache (grouped queries); 0 = n_head
+    n_kv_head: int = 0           # key/value heads; fewer shrink the cache (grouped queries); 0 = n_head
     n_hidden: int = 0            # width inside the MLP; 0 = 4 * n_embd
     norm: Literal['layer', 'rms'] = 'layer'
     norm_eps: float = 1e-6
@@ -61,7 +61,7 @@ class TransformerConfig:  # one stack of blocks: vision encoder or language deco
         divisible = min(C, H, G) > 0 and C % H == 0 and H % G == 0
         check(divisible, f'n_embd={C} must be divisible by n_head={H}, and n_head by n_kv_head={G}')
         check(self.position == 'learned' or (C // H) % 2 == 0, f'RoPE: n_embd/n_head={C // H} must be even')
-        check(0 < self.n_layer < 200, f'n_layer={self.n_layer} must be in 1..199')  # bad file?
+        check(0 < self.n_layer < 200, f'n_layer={self.n_layer} must be in 1..199')  # more: a bad file
         check(0 <= self.dropout < 1, f'dropout={self.dropout} must be in [0, 1)')
 
 @dataclass(frozen=True)
@@ -554,7 +554,7 @@ def fetch(name, file):
         part, _ = urllib.request.urlretrieve(url, f'{path}.{os.getpid()}', show)
         os.replace(part, path)
     except (OSError, ValueError) as e:  # ContentTooShortError is an OSError
-        raise UserError(f'cannot download {url} ({e}): save it there yourself (one file, no shards): '
+        raise UserError(f'cannot download {url} ({e}): save it yourself (one file, no shards) to '
                         f'{path}, or train your own model: python train.py') from e
     return path
 
@@ -574,7 +574,7 @@ def read_config(name):
         return image_side | dict(encoder=name, patch_size=32)
     path = fetch(name, 'config.json')
     config = read_json(path)
-    kind = str(config.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # without text
+    kind = str(config.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # SigLIP without text
     check(kind in SUPPORTED, f'{path}: model_type={kind} must be one of {", ".join(SUPPORTED)}')
     config |= config.get('vision_config') or {}  # in a full SigLIP's config
     config |= config.get('rope_parameters') or {}  # in a newer Llama's
