@@ -363,7 +363,7 @@ class MinimalVLM(nn.Module):
             for block in stack.blocks:
                 for layer in (block.attn.out, block.mlp.down):  # these add to the residual stream
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
-        # q and k start as one W, std 0.7/sqrt(C): over all heads, (Wx).(Wy) is about 0.7^2 x.y, so attention
+        # q and k start as one W, std 0.7/sqrt(C): the heads' sum (Wx).(Wy) is about 0.7^2 x.y, so attention
         # starts as similarity (arXiv 2305.09828). Small models then learn sooner what words refer to.
         for attn in [*self.vision.modules(), *self.decoder.modules()]:
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
@@ -501,7 +501,7 @@ blocks.#.mlp.gate   -                      layers.#.mlp.gate_proj               
 blocks.#.mlp.down   h.#.mlp.c_proj:T       layers.#.mlp.down_proj               decoder.blocks.#.mlp.down_proj
 norm                ln_f                   norm                                 decoder.norm
 """)
-# (part, {ours: theirs}); a file has this layout of the part if it has the last row's .weight (final norm)
+# (part, {ours: theirs}): a file holds that part, so named, if it has the last row's .weight (norm or proj)
 LAYOUTS = [('vision', names) for names in VISION_NAMES.values()]
 LAYOUTS += [('decoder', names) for names in TEXT_NAMES.values()] + [('projection', {'proj': 'MP.proj'})]
 PREFIX = r'^(transformer|vision_model|model)\.'  # some files put it before each name
@@ -566,7 +566,7 @@ def read_json(path):
         raise UserError(f'{path} cannot be read as a JSON object ({e})') from e
 
 def read_config(name):
-    """The VLMConfig fields a published model fixes, defaults included: they must override a preset's."""
+    """The VLMConfig fields a published model fixes, if only by default: they override a preset's."""
     image_side = dict(encoder='vit', stem='patch', image_size=224, patch_size=16)
     image_side |= dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
     if name in ('resnet18', 'resnet50'):
@@ -617,11 +617,11 @@ def load_weights(model, path):
     """Loads each part of the model that the file covers; leaves the others as they are."""
     tensors = {re.sub(PREFIX, '', name): x for name, x in read_safetensors(path).items()}
     heads = [tensors.pop(name) for name in ('lm_head.weight', 'decoder.head.weight') if name in tensors]
-    if heads and 'decoder.norm.weight' in tensors:  # nanoVLM may store the tied tensor as head
+    if heads and 'decoder.norm.weight' in tensors:  # nanoVLM may name its embedding the head
         tensors.setdefault('decoder.token_embedding.weight', heads[0])
     used = set()
     for part, names in LAYOUTS:
-        if list(names.values())[-1] + '.weight' not in tensors:
+        if list(names.values())[-1] + '.weight' not in tensors:  # see LAYOUTS
             continue
         for name, parameter in getattr(model, part).named_parameters():
             # transformer.blocks.3.attn.k.weight -> number 3, row blocks.#.attn.k, suffix .weight
@@ -757,7 +757,7 @@ def learn_bpe(texts, n_tokens):
         (left, right), most = pairs.most_common(1)[0]
         if most < 2:
             break
-        tokens[left + right] = len(tokens)  # new: only one pair can make the same bytes
+        tokens[left + right] = len(tokens)  # new: equal bytes split alike, so they join only once
         apart, joined = f'‹{left}›‹{right}›', f'‹{left}{right}›'
         for i, word in enumerate(words):
             if apart in word:
