@@ -177,8 +177,8 @@ def coco_rows(data):
         yield dict(image=names.get(str(annotation.get('image_id'))), caption=annotation.get('caption'))
 
 def table_rows(lines):
-    """Yields the rows below a header. A value in double quotes may span lines; but if such a
-    line looks like a row itself, the quote was never closed, and the row where it opens is dropped."""
+    """Yields the rows below a header. A value in double quotes may span lines; but if one of them looks like
+    a row itself, the quote was never closed, and the row where it opens is unusable."""
     n_read = 1  # lines so far, the header's included
     while n_read < len(lines) and re.match(r'\s*$|"?sep=', lines[n_read - 1]):  # or Excel's hint
         n_read += 1
@@ -192,7 +192,7 @@ def table_rows(lines):
     def looks_like_a_row(line):
         values = next(csv.reader([line], **style), [])
         return len(values) >= len(names) and is_picture(values[image_columns[0]].strip())
-    def remaining_lines():  # csv takes those of one row
+    def remaining_lines():  # csv takes as many as one row has
         nonlocal n_read
         while n_read < len(lines):
             n_read += 1

@@ -99,7 +99,7 @@ def answer_in_batches(model, tok, paths, ids, options, failed):
 
 def draw_attention(model, tok, pixels, ids, said, picture, path):
     """Saves the picture and, for each word, the visual tokens it attended to more than others did."""
-    check(said and model.cfg.projection != 'perceiver', 'attention needs an answer, and no Perceiver')
+    check(said and model.cfg.projection != 'perceiver', 'no attention to draw: an empty answer or a Perceiver')
     layers = [block.attn for block in model.decoder.transformer.blocks]
     for attn in layers:
         attn.keep_map = True
@@ -107,7 +107,7 @@ def draw_attention(model, tok, pixels, ids, said, picture, path):
     maps = torch.cat([attn.attn_map for attn in layers]).float().mean(dim=(0, 1)).cpu()  # over layers, heads
     rows = maps[-1 - len(said) : -1, : model.cfg.n_visual]  # token i was predicted by query i - 1
     rows = rows / rows.sum(dim=1, keepdim=True)
-    usual = rows.mean(dim=0) * (len(said) > 1)
+    usual = rows.mean(dim=0) * (len(said) > 1)  # 0 if there is nothing to compare with
     rows = (rows - usual).clamp(min=0).unflatten(1, (1, math.isqrt(model.cfg.n_visual), -1))
     starts = [i for i, token in enumerate(said) if i == 0 or tok.decode([token]).startswith(' ')]
     picture = open_image(picture, 312).resize((312, 312))
@@ -129,7 +129,7 @@ def main(argv=None):
     check(num_samples == 1 or temperature > 0, 'at temperature=0 all samples are the same')
     texts = [text.strip() for text in choices.split(',') if text.strip()]
     check(texts or not choices, f'choices={choices} must be comma-separated answers')
-    check(not texts or not (attention or save), 'choices do not work with attention or save')
+    check(not texts or not (attention or save), 'choices cannot be combined with attention or save')
     check(image or not save, 'save needs an image')
     where, precision = find_device(device, dtype)
     torch.manual_seed(seed)

@@ -5909,7 +5909,7 @@ def test_a_jpeg_is_seen_as_sharp_as_the_model_can_see(folder, talk, monkeypatch)
 def test_the_attention_of_an_empty_answer_cannot_be_drawn(folder, talk, monkeypatch):
     monkeypatch.setattr(vlm, 'sample_top_p', always(256))  # end-of-text
 
-    with pytest.raises(UserError, match='attention needs an answer') as error:
+    with pytest.raises(UserError, match='no attention to draw') as error:
         talk(f'--out_dir={folder}', f'--image={folder}/a.png', f'--attention={folder}/look.png')
 
     assert_one_line(error)
@@ -6131,11 +6131,11 @@ def test_a_file_that_is_no_table_of_answers_is_left_alone(folder, talk, content,
 @pytest.mark.parametrize('arguments, words', [
     ('--image=a.png --save=nowhere/c.csv', 'save=nowhere/c.csv cannot be opened or read'),
     ('--image=nowhere.png', 'image=nowhere.png: no picture found'),
-    ('--image=a.png --choices=yes,no --save=c.csv', 'choices do not work with'),
+    ('--image=a.png --choices=yes,no --save=c.csv', 'choices cannot be combined'),
     ('--image=a.png --choices=,', 'choices=, must be comma-separated'),
     ('--save=c.csv', 'save needs an image'),
     ('--image=a.png --save=c.json', 'c.json must end in .csv'),
-    ('--image=a.png --choices=yes,no --attention=look.png', 'choices do not work with'),
+    ('--image=a.png --choices=yes,no --attention=look.png', 'choices cannot be combined'),
     ('--image=a.png --save=c.csv --attention=look.png', 'attention needs one picture'),
     ('--image=a.png --num_samples=2 --temperature=1 --attention=look.png', 'attention needs one picture'),
     ('--image=a.png --batch_size=0', 'batch_size must be at least 1'),
