@@ -99,7 +99,7 @@ def answer_in_batches(model, tok, paths, ids, options, failed):
 
 def draw_attention(model, tok, pixels, ids, said, picture, path):
     """Saves the picture and, for each word, the visual tokens it attended to more than others did."""
-    check(said and model.cfg.projection != 'perceiver', 'no attention to draw: an empty answer or a Perceiver')
+    check(said and model.cfg.projection != 'perceiver', 'no attention to draw: no answer, or a Perceiver')
     layers = [block.attn for block in model.decoder.transformer.blocks]
     for attn in layers:
         attn.keep_map = True
