@@ -408,9 +408,9 @@ def read_pictures(paths, cfg, where, failed):
             print(f'skipped: {e}', file=sys.stderr)
             failed.append(path)
 
-def contact_sheet(tiles, path, columns, width, lines):
-    """Saves tiles, (Pillow image, [(line of text, color), ...]), as one PNG. lines: text lines per tile."""
-    height = width + 29 * lines
+def contact_sheet(tiles, path, columns, width):
+    """Saves tiles, (Pillow image, [(line of text, color), ...]), as one PNG. width: of a tile, in pixels."""
+    height = width + 29 * max(len(texts) for _, texts in tiles)
     page = Image.new('RGB', (columns * width, height * math.ceil(len(tiles) / columns)), 'white')
     for n, (image, texts) in enumerate(tiles):
         x, y = width * (n % columns) + 4, height * (n // columns) + 4

@@ -119,7 +119,7 @@ def draw_attention(model, tok, pixels, ids, said, picture, path):
             mask = TF.to_pil_image(0.7 * looked / looked.max()).resize(picture.size, Image.NEAREST)
             orange = Image.new('RGB', picture.size, 'orangered')
             tiles.append((Image.composite(orange, picture, mask), [(word, 'black')]))
-    contact_sheet(tiles, path, columns=5, width=192, lines=1)
+    contact_sheet(tiles, path, columns=5, width=192)
 
 # the run ----------------------------------------------------------------------------------------------
 def main(argv=None):

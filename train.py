@@ -292,7 +292,7 @@ def draw_samples(model, tok, items, path):
         lines = [(line, 'black') for line in textwrap.wrap(prompt, 25)[:4]]
         lines += [(line, color) for line in textwrap.wrap(said, 25)]
         tiles.append((image, lines[:6]))
-    contact_sheet(tiles, path, columns=3, width=320, lines=6)
+    contact_sheet(tiles, path, columns=3, width=320)
 
 @torch.no_grad()
 def evaluate(model, batches, step, last, where):

@@ -15,9 +15,9 @@ A minimal vision-language model: an image and a question go in, words come out.
     ids = model.generate(image[None], prompt, temperature=0, stop=tokenizer.end)
     print(tokenizer.decode(ids[0, prompt.size(1):]))
 
-Sections 1 to 7 are the model. 8 to 11 (files, tokenizers, images, command line) can wait, but see collate.
+Sections 1 to 7 are the model. 8 to 11 can wait, except collate (in 10), which lays out a training batch.
 Shapes: B batch, P pixels per side, N visual and T text tokens, S = N + T, C channels, V vocabulary.
-In attention: L queries, S keys (cached and new), H heads, G key/value heads, D channels each.
+In attention: L queries, S keys (old and new), H heads, G key/value heads, D channels per head.
 """
 import argparse, codecs, contextlib, difflib, json, math, mmap, os, re, sys, urllib.request, warnings
 from collections import Counter
@@ -37,7 +37,7 @@ def check(condition, message):
 # 1. Config --------------------------------------------------------------------------------------------
 def check_choices(cfg):
     for field in fields(cfg):
-        value, allowed = getattr(cfg, field.name), get_args(field.type)  # () unless a Literal
+        value, allowed = getattr(cfg, field.name), get_args(field.type)  # () if no Literal
         check(not allowed or value in allowed, f'{field.name}={value} must be one of {allowed}')
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class TransformerConfig:  # one stack of blocks: vision encoder or language deco
         divisible = min(C, H, G) > 0 and C % H == 0 and H % G == 0
         check(divisible, f'n_embd={C} must be divisible by n_head={H}, and n_head by n_kv_head={G}')
         check(self.position == 'learned' or (C // H) % 2 == 0, f'RoPE: n_embd/n_head={C // H} must be even')
-        check(0 < self.n_layer < 200, f'n_layer={self.n_layer} must be in 1..199')  # more: a bad file
+        check(0 < self.n_layer < 200, f'n_layer={self.n_layer} must be in 1..199')  # sanity limit
         check(0 <= self.dropout < 1, f'dropout={self.dropout} must be in [0, 1)')
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     block_size: int = 1024       # maximum sequence length: visual tokens and at least 16 of text
     tokenizer: str = 'bpe'       # see Tokenizer.make
     prompt_template: str = ' {}' # what the decoder reads; {} is replaced by the prompt
-    answer_prefix: str = ' '     # starts the answer; to BPE, 'red' and ' red' are different tokens
+    answer_prefix: str = ' '     # goes before the answer: the usual token of BPE is ' red', not 'red'
     caption_prompt: str = ''     # the prompt that asks for a caption
 
     @property
@@ -139,8 +139,8 @@ def rope_cos_sin(cfg, pos):
     return torch.stack([angle.cos(), angle.sin()])  # (2,B,1,L,D/2)
 
 def apply_rope(x, rope):
-    """Rotary position embedding (arXiv 2104.09864): turns each channel pair (i, i + D/2) of x (B,H or G,L,D)
-    by its angle, so q.k depends on positions only by their difference. (The paper pairs 2i and 2i + 1.)"""
+    """Rotary position embedding (arXiv 2104.09864): turns each channel pair (i, i + D/2) of x (B,heads,L,D)
+    by its angle. So q.k depends on distances, not on positions. (The paper pairs 2i and 2i + 1.)"""
     cos, sin = rope.to(x.dtype)  # each (B,1,L,D/2) or (1,1,L,D/2): all heads rotate alike
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -154,7 +154,7 @@ def attend(q, k, v, mask=None):
     att = F.softmax(att, dim=-1)
     return att @ v, att  # (B,H,L,S) x (B,H,S,D) -> (B,H,L,D)
 
-def avoid_fused_attention(q):  # SDPA is slow to train in bf16 on CPUs, and buggy on MPS
+def avoid_fused_attention(q):  # in bf16 on CPUs its backward pass is slow; on MPS it had bugs
     slow_on_cpu = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad
     return slow_on_cpu or (q.is_mps and torch.__version__ < (2, 13))  # TorchVersion compares with tuples
 
@@ -196,10 +196,10 @@ class Attention(nn.Module):
         if self.group_size > 1:  # (B,G,S,D) -> (B,H,S,D)
             k = k.repeat_interleave(self.group_size, dim=1)
             v = v.repeat_interleave(self.group_size, dim=1)
-        # a single new token may see every key: none is in its future. A given mask must be causal already
+        # one new token needs no mask: no key is in its future. A given mask is causal already
         is_causal = x.size(1) > 1 and mask is None and self.causal
         if self.keep_map or avoid_fused_attention(q):
-            if is_causal:  # then the cache was empty (see the assert), so L = S
+            if is_causal:  # then L = S: with a cache, only its first call has several tokens
                 mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=x.device).tril()
             y, att = attend(q, k, v, mask)
             self.attn_map = att.detach() if self.keep_map else None
@@ -288,7 +288,7 @@ def pixel_shuffle(x, f):
     return x.reshape(B, g * g, f * f * C)
 
 class MultimodalProjection(nn.Module):
-    # to add one: list it in VLMConfig.projection, count its tokens in n_visual, build and call it below
+    # to add one: list it in VLMConfig.projection, count its tokens there (n_visual), build and call it here
     def __init__(self, cfg, n_embd):  # n_embd: the encoder's width
         super().__init__()
         self.kind, self.factor = cfg.projection, cfg.factor
@@ -297,7 +297,7 @@ class MultimodalProjection(nn.Module):
             self.proj = nn.Sequential(nn.Linear(n_in, n_hidden), nn.GELU(), nn.Linear(n_hidden, n_out))
         else:  # one linear map; as in nanoVLM, pixel_shuffle has no bias
             self.proj = nn.Linear(n_in, n_out, bias=self.kind != 'pixel_shuffle')
-        if self.kind == 'perceiver':  # as in Flamingo (2204.14198), but latents only see features
+        if self.kind == 'perceiver':  # Flamingo's (2204.14198), but latents do not see each other
             self.norm = make_norm(cfg.text)  # for the features: a Block does not normalize its context
             self.latents = nn.Parameter(0.02 * torch.randn(cfg.n_latents, n_out))
             self.resampler = Transformer(replace(cfg.text, n_layer=2))  # not causal, no positions
@@ -313,7 +313,7 @@ class MultimodalProjection(nn.Module):
 # 5. Language decoder ----------------------------------------------------------------------------------
 class LanguageDecoder(nn.Module):
     """GPT-2 or Llama (arXiv 2302.13971), by config. Takes embeddings, since visual tokens have no ids.
-    input_norm normalizes visual and text embeddings alike (mean 0, std 1): small models learn sooner."""
+    input_norm: each visual or text embedding gets mean 0 and std 1, so small models learn sooner."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg.text  # a TransformerConfig; the whole model's cfg is a VLMConfig
@@ -353,7 +353,7 @@ class MinimalVLM(nn.Module):
         self.decoder = LanguageDecoder(cfg)
         self.init_weights()
     def init_weights(self):
-        """Linear layers and embeddings as in GPT-2, but self-attention's q and k start equal."""
+        """As in GPT-2, except that q and k of self-attention start equal (for the reason, see below)."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -363,9 +363,9 @@ class MinimalVLM(nn.Module):
             for block in stack.blocks:
                 for layer in (block.attn.out, block.mlp.down):  # these add to the residual stream
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
-        # q and k start as one W, std 0.7/sqrt(C): the heads' sum (Wx).(Wy) is about 0.7^2 x.y, so attention
-        # starts as similarity (arXiv 2305.09828). Small models then learn sooner what words refer to.
-        for attn in [*self.vision.modules(), *self.decoder.modules()]:
+        # q and k start as one W, with W^T W about 0.5 I: q.k, summed over heads, is about 0.5 x.y, similarity
+        # (arXiv 2305.09828), and from there small models learn sooner what words refer to.
+        for attn in [*self.vision.modules(), *self.decoder.modules()]:  # not the Perceiver
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
                 nn.init.normal_(attn.k.weight, std=0.7 / math.sqrt(attn.k.in_features))
                 attn.q.weight.data.copy_(attn.k.weight)
@@ -384,10 +384,10 @@ class MinimalVLM(nn.Module):
     def forward(self, images, ids, targets=None, positions=None):
         """images and ids as for embed. targets (B,T): the next token after each id, or -100 where not scored.
         positions (B,T): index of each id in its own text (see collate); required when a row packs texts.
-        -> all logits (B,T,V) and None; or, with targets, the scored logits (n_scored,V) and the mean loss."""
+        -> logits (B,T,V) and None; or, given targets, logits of the scored ids (n_scored,V) and mean loss."""
         x = self.embed(images, ids)  # (B,S,C)
         N = x.size(1) - ids.size(1)
-        pos = torch.arange(x.size(1), device=x.device)[None]  # decoder positions: 0, 1, 2, ...
+        pos = torch.arange(x.size(1), device=x.device)[None]  # places in the whole sequence
         mask = None
         if positions is not None:  # packed: each text begins at pos N, as if it were alone
             pos = torch.cat([pos[:, :N].expand(len(ids), -1), N + positions], dim=1)  # (B,S)
@@ -422,7 +422,7 @@ class MinimalVLM(nn.Module):
 
     @torch.inference_mode()
     def score(self, image, prompt, choices):
-        """Log-probabilities (n,) of n choices (ids, ending in tokenizer.end). image (3,P,P), prompt (T,)"""
+        """Log-probabilities (n,) of choices, each from encode_answer (A,). image (3,P,P), prompt (T,)"""
         answers = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-100)  # (n,A)
         ids = torch.cat([prompt.expand(len(choices), -1), answers.clamp(min=0)], dim=1)  # (n,T+A)
         logits, _ = self(image[None], ids[:, :-1])  # (n,T+A-1,V): each predicts the next token
@@ -461,17 +461,17 @@ def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
     if p < 1:
         before = probs.cumsum(dim=-1) - probs  # total probability of the likelier tokens
         probs = probs.masked_fill(before >= p, 0.0)  # keeps the token that crosses p
-    return ids.gather(-1, torch.multinomial(probs, num_samples=1))  # multinomial normalizes probs
+    return ids.gather(-1, torch.multinomial(probs, num_samples=1))  # a rank, then its id
 
 # 8. Public weights and checkpoints --------------------------------------------------------------------
 def read_table(text):
-    """A table's columns as dicts, by header: VISION_NAMES['SigLIP']['norm'] is 'post_layernorm'."""
+    """Each column as {ours: theirs}, by header: VISION_NAMES['SigLIP']['norm'] is 'post_layernorm'."""
     ours, *columns = zip(*[line.split() for line in text.strip().splitlines()])  # rows to columns
     return {column[0]: dict(zip(ours[1:], column[1:])) for column in columns}
 
-# First column: our layers; others: their names in public files. load_weights adds .weight or .bias (but not
-# to position_embedding). '#' is the block number, '-' no tensor. Suffix :T transposes; :0, :1, :2 take the
-# q, k or v third; :T1 transposes, then takes k: blocks.3.attn.k is a third of GPT-2's h.3.attn.c_attn.
+# Our layers and their names in public files ('#': block number, '-': none). load_weights adds .weight or
+# .bias, except to position_embedding. After a colon, T means: transpose the weight; then 0, 1, 2: take the
+# q, k, v third. h.#.attn.c_attn:T1 is GPT-2's k, the second third of one transposed matrix for q, k and v.
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
 stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
@@ -501,7 +501,7 @@ blocks.#.mlp.gate   -                      layers.#.mlp.gate_proj               
 blocks.#.mlp.down   h.#.mlp.c_proj:T       layers.#.mlp.down_proj               decoder.blocks.#.mlp.down_proj
 norm                ln_f                   norm                                 decoder.norm
 """)
-# (part, {ours: theirs}): a file holds that part, so named, if it has the last row's .weight (norm or proj)
+# (part, {ours: theirs}). A layout applies if the file has its last row's .weight, such as ln_f.weight
 LAYOUTS = [('vision', names) for names in VISION_NAMES.values()]
 LAYOUTS += [('decoder', names) for names in TEXT_NAMES.values()] + [('projection', {'proj': 'MP.proj'})]
 PREFIX = r'^(transformer|vision_model|model)\.'  # some files put it before each name
@@ -566,12 +566,12 @@ def read_json(path):
         raise UserError(f'{path} cannot be read as a JSON object ({e})') from e
 
 def read_config(name):
-    """The VLMConfig fields a published model fixes, if only by default: they override a preset's."""
-    image_side = dict(encoder='vit', stem='patch', image_size=224, patch_size=16)
-    image_side |= dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
+    """The VLMConfig fields of a published model: from its config.json, or set here if that omits them."""
+    image_fields = dict(encoder='vit', stem='patch', image_size=224, patch_size=16)
+    image_fields |= dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
     if name in ('resnet18', 'resnet50'):
-        image_side |= dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
-        return image_side | dict(encoder=name, patch_size=32)
+        image_fields |= dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
+        return image_fields | dict(encoder=name, patch_size=32)
     path = fetch(name, 'config.json')
     config = read_json(path)
     kind = str(config.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # SigLIP without text
@@ -584,7 +584,7 @@ def read_config(name):
         return {ours: config[key] for ours, key in names.items() if config.get(key) is not None}
     if kind == 'siglip':
         vision = replace(SIGLIP_B, **fields_of(STACK_FIELDS['siglip']))
-        return image_side | fields_of(MODEL_FIELDS['siglip']) | dict(vision=vision)
+        return image_fields | fields_of(MODEL_FIELDS['siglip']) | dict(vision=vision)
     if kind == 'nanovlm':
         vision = replace(SIGLIP_B, **fields_of(STACK_FIELDS['nanovlm-vision']))
         text = replace(LLAMA, **fields_of(STACK_FIELDS['nanovlm-text']))
@@ -617,19 +617,19 @@ def load_weights(model, path):
     """Loads each part of the model that the file covers; leaves the others as they are."""
     tensors = {re.sub(PREFIX, '', name): x for name, x in read_safetensors(path).items()}
     heads = [tensors.pop(name) for name in ('lm_head.weight', 'decoder.head.weight') if name in tensors]
-    if heads and 'decoder.norm.weight' in tensors:  # nanoVLM may name its embedding the head
+    if heads and 'decoder.norm.weight' in tensors:  # nanoVLM may store only the head
         tensors.setdefault('decoder.token_embedding.weight', heads[0])
     used = set()
     for part, names in LAYOUTS:
         if list(names.values())[-1] + '.weight' not in tensors:  # see LAYOUTS
             continue
         for name, parameter in getattr(model, part).named_parameters():
-            # transformer.blocks.3.attn.k.weight -> number 3, row blocks.#.attn.k, suffix .weight
-            number = name.partition('blocks.')[2].partition('.')[0]  # '' outside the blocks
+            # for example transformer.blocks.3.attn.k.weight, from a GPT-2 file:
+            number = name.partition('blocks.')[2].partition('.')[0]  # '3'; '' outside the blocks
             row = name.removeprefix('transformer.').replace(f'blocks.{number}.', 'blocks.#.')
-            row, suffix = os.path.splitext(row)  # position_embedding has no suffix
-            theirs, _, how = names.get(row, '-').partition(':')  # h.#.attn.c_attn, T1
-            theirs = theirs.replace('#', number) + suffix  # h.3.attn.c_attn.weight; how is T1
+            row, suffix = os.path.splitext(row)  # 'blocks.#.attn.k', '.weight'; '' for positions
+            theirs, _, how = names.get(row, '-').partition(':')  # 'h.#.attn.c_attn', '', 'T1'
+            theirs = theirs.replace('#', number) + suffix  # 'h.3.attn.c_attn.weight'
             check(theirs in tensors, f'{path} has no tensor for {part}.{name} ({theirs})')
             tensor = tensors[theirs]
             if 'T' in how and suffix == '.weight':
@@ -682,7 +682,7 @@ def load_checkpoint(path, device='cpu'):
 
 # 9. Tokenizers ----------------------------------------------------------------------------------------
 END = '<|endoftext|>'
-# how text is split before BPE; PIECES isolates digits: 'in 24' -> 'in', ' ', '2', '4', not 'in', ' 24'
+# how text is split before BPE. PIECES: each digit alone, no space with it: 'in 24' -> 'in', ' ', '2', '4'
 PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -721,29 +721,29 @@ class Tokenizer:
         special = {t['content']: t['id'] for t in data['added_tokens']}
         pre = data.get('pre_tokenizer') or {}
         steps = pre.get('pretokenizers', [pre])  # a sequence, or a single step
-        kinds = ' '.join(step.get('type', '') for step in steps)
+        kinds = ' '.join(step.get('type', '') for step in steps)  # such as 'Digits ByteLevel'
         pieces = {'ByteLevel': GPT2_PIECES, 'Digits ByteLevel': PIECES}.get(kinds)
         check(pieces and not data.get('normalizer'), f'{path}: unsupported pre-tokenizer or normalizer')
         supported = dict(add_prefix_space=False, use_regex=True, individual_digits=True)  # if present
         for step in steps:
             for key, value in supported.items():
                 check(step.get(key, value) == value, f'{path}: unsupported pre-tokenizer ({key})')
-        # tiktoken merges the lowest id first: ids must rise in merge order. -1 (missing) breaks the order
+        # tiktoken merges the lowest id first, so ids must rise in merge order; -1 (no token) is below the 0
         joined = [m.replace(' ', '') if isinstance(m, str) else ''.join(m) for m in model['merges']]
         ids = [0] + [model['vocab'].get(token, -1) for token in joined]
         check(END in special and ids == sorted(ids), f'{path}: no {END}, or ids not in merge order')
-        # GPT-2 writes these unprintable bytes as chr(256), chr(257), ...; the others stand for themselves
+        # GPT-2 writes a printable byte as itself, the others as chr(256), chr(257), ..., in this order
         alphabet = {256 + n: byte for n, byte in enumerate([*range(33), *range(127, 161), 173])}
         tokens = {t.translate(alphabet): i for t, i in model['vocab'].items() if t not in special}
         return cls(name, tokens, special, pieces)
 
 def learn_bpe(texts, n_tokens):
     """BPE (arXiv 1508.07909): repeatedly joins the most frequent pair of adjacent tokens into a new one."""
-    # PIECES for re, nearly: re has no \p{L} and \p{N}, so here '½' counts as a letter
+    # PIECES as well as re can: it has no \p{L} and \p{N}, so here '½' counts as a letter
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?=\d)|\s+(?!\S)|\s+"
     pieces = Counter(piece for text in texts for piece in re.findall(pattern, text))
     counts = list(pieces.values())  # how often each piece occurs in the texts
-    # pieces as bracketed tokens, at first one per byte: ‹c›‹a›‹t› (‹ is not latin-1, so in no token)
+    # pieces as bracketed tokens, at first one per byte: ‹c›‹a›‹t›. No token has a ‹ or ›: not latin-1
     words = [''.join(f'‹{chr(b)}›' for b in piece.encode('utf-8', 'replace')) for piece in pieces]
     pairs = Counter()  # (left, right) -> how often they are neighbors in the texts
     def add_pairs(word, n):
@@ -757,7 +757,7 @@ def learn_bpe(texts, n_tokens):
         (left, right), most = pairs.most_common(1)[0]
         if most < 2:
             break
-        tokens[left + right] = len(tokens)  # new: equal bytes split alike, so they join only once
+        tokens[left + right] = len(tokens)  # not one yet: equal bytes always split alike
         apart, joined = f'‹{left}›‹{right}›', f'‹{left}{right}›'
         for i, word in enumerate(words):
             if apart in word:
@@ -769,9 +769,9 @@ def learn_bpe(texts, n_tokens):
 # 10. Images and batches -------------------------------------------------------------------------------
 def open_image(path, size):
     """An image file as 8-bit RGB, upright. A JPEG may be decoded smaller, but never below size."""
-    try:
+    try:  # opened here, not by Pillow: given a path, Pillow 13 can misrotate a TIFF
         with open(path, 'rb') as f, warnings.catch_warnings(action='ignore'), Image.open(f) as image:
-            image.draft('RGB', (size, size))  # Pillow 13 can misrotate a TIFF opened by path
+            image.draft('RGB', (size, size))
             return to_rgb(image)
     except Exception as e:  # broken files make Pillow raise almost anything
         raise UserError(f'{path} is not a readable image ({e!r})') from e
@@ -781,10 +781,10 @@ def to_rgb(image):
     image.load()  # decode now: the suppress() below would hide a broken file
     with contextlib.suppress(Exception):  # ignore broken EXIF data
         image = ImageOps.exif_transpose(image)
-    if image.mode[0] in 'IF':  # more than 8 bits, or floats: white is the first of these >= maximum
+    if image.mode[0] in 'IF':  # over 8 bits, or floats: the maximum tells which value is white
         image = image.convert('F')
         high = image.getextrema()[1]
-        white = next((w for w in (1, 255, 65535) if w >= high), high)
+        white = next((w for w in (1, 255, 65535) if w >= high), high)  # floats, 8 bits, 16 bits
         image = image.point(lambda v: v * (255 / white)).convert('L')
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
@@ -799,16 +799,16 @@ def encode_prompt(tokenizer, cfg, prompt):
     if not prompt:
         return [tokenizer.end]
     ids = tokenizer.encode(cfg.prompt_template.replace('{}', prompt))
-    return ids[-((cfg.block_size - cfg.n_visual) // 2) :]  # keeps the end
+    return ids[-((cfg.block_size - cfg.n_visual) // 2) :]  # at most half the room: drops the start
 
 def encode_answer(tokenizer, cfg, answer):
     return tokenizer.encode(cfg.answer_prefix + answer.strip()) + [tokenizer.end]
 
 def collate(items, cfg, tokenizer, transform):
     """[(image, [(prompt, answer), ...]), ...] -> images (B,3,P,P); ids, targets and positions (B,T).
-    A row holds all texts of an image, cut off at block_size. positions is None if no row has several.
+    A row holds all texts of an image, cut at block_size. positions is None if no row has several texts.
         ids        what  color  red  shape  star    the texts 'what color red' and 'shape star'
-        targets    -100  red    END  star   END     shifted within each text; -100: not scored
+        targets    -100  red    END  star   END     shifted within each text, not across; -100: not scored
         positions  0     1      2    0      1       count from 0 in each text"""
     rows = []
     for _, texts in items:
@@ -821,7 +821,7 @@ def collate(items, cfg, tokenizer, transform):
             row += zip(ids, targets, range(len(ids)))
         rows.append(row[: cfg.block_size - cfg.n_visual])
     longest = max(map(len, rows))
-    rows = [row + [(0, -100, 0)] * (longest - len(row)) for row in rows]  # position 0: pads stay apart
+    rows = [row + [(0, -100, 0)] * (longest - len(row)) for row in rows]  # each pad is its own text
     ids, targets, positions = torch.tensor(rows).unbind(-1)  # (B,T,3) -> three times (B,T)
     packed = any(len(texts) > 1 for _, texts in items)
     images = torch.stack([transform(image) for image, _ in items])
@@ -830,7 +830,7 @@ def collate(items, cfg, tokenizer, transform):
 # 11. Command line -------------------------------------------------------------------------------------
 def override(settings, argv=None):
     """Overrides settings, the globals() of a script, by --name=value, --name value or a bare --flag.
-    A setting is a line `seed = 1337  # comment` (note the two spaces); its default sets the type."""
+    A setting is a line `seed = 1337  # help` (note the two spaces); its default also sets its type."""
     def true_or_false(text):
         return bool(json.loads(text.lower()))
     with open(settings['__file__'], encoding='utf-8') as f:
