@@ -172,18 +172,17 @@ def read_json_line(line):
         return ValueError(f'not JSON ({e})')
 
 def coco_rows(data):
-    names = {str(image['id']): image['file_name'] for image in data['images']}
+    names = {str(image['id']): image.get('file_name') for image in data['images']}
     for annotation in data['annotations']:
         yield dict(image=names.get(str(annotation.get('image_id'))), caption=annotation.get('caption'))
 
 def table_rows(lines):
     """Yields the rows below a header. A value in double quotes may span lines; but if one of them looks like
     a row itself, the quote was never closed, and the row where it opens is unusable."""
-    n_read = 1  # lines so far, the header's included
-    while n_read < len(lines) and re.match(r'\s*$|"?sep=', lines[n_read - 1]):  # or Excel's hint
-        n_read += 1
+    # lines read so far: up to the header, which may follow empty lines or Excel's hint
+    n_read = next((n for n, line in enumerate(lines, 1) if not re.match(r'\s*$|"?sep=', line)), 1)
     header = ''.join(lines[n_read - 1 : n_read])
-    style = dict(delimiter=max(',;\t|', key=header.count), skipinitialspace=True)
+    style = dict(delimiter=max('\t;|,', key=header.count), skipinitialspace=True)
     names = [name.strip() for name in next(csv.reader([header], **style), [])]
     image_columns = [i for i, name in enumerate(names) if name.lower() in IMAGE_NAMES]
     if not image_columns:
@@ -205,7 +204,7 @@ def table_rows(lines):
                 values.pop()  # Excel pads rows with empty values
             row = dict(zip(names, values))
             if len(values) > len(names):
-                row = ValueError('more values than columns: put texts with the separator in double quotes')
+                row = ValueError('more values than columns: put double quotes around a text with separators')
             if any(map(looks_like_a_row, lines[start + 1 : n_read])):
                 row = ValueError('a double quote is not closed')
                 n_read = start + 1  # go on below the line where it opens
@@ -222,7 +221,7 @@ def read_folder(path):
         if os.path.isfile(os.path.join(path, name)):
             yield from read_rows(os.path.join(path, name))
             return
-    first_path = {}  # of a file: a link must not be trained on while its target is held out
+    first_path = {}  # to the same file: a link must not be trained on while its target is held out
     by_real_path = {}
     tables = []
     seen = set()
@@ -243,16 +242,16 @@ def read_folder(path):
         raise ValueError(f'it contains {tables[0]}: set dataset to that file, or move it elsewhere')
     classes = {os.path.dirname(os.path.relpath(photo, path)) for photo in first_path}
     if len(classes) == 1 and not has_captions and '' not in classes:
-        print(f'{path}: no photo has a .txt file and all are in folder {classes.pop()}: its name is '
-              'the only text to learn', file=sys.stderr)
-    for photo, file in beside.items():
+        print(f'{path}: no photo has a .txt file and all are in one folder, so its name, {classes.pop()}, '
+              'is the only text to learn', file=sys.stderr)
+    for photo, text_file in beside.items():
         row = dict(image=os.path.relpath(first_path[photo], path))
         folder = os.path.dirname(os.path.relpath(photo, path))
         if is_unreadable_heic(photo):
             row = ValueError(HEIC_HELP)
         elif has_captions or not folder:
             try:
-                with open(file, encoding='utf-8-sig') as f:
+                with open(text_file, encoding='utf-8-sig') as f:
                     row['caption'] = list(f)
             except (OSError, ValueError) as e:
                 row = ValueError(f'its captions cannot be read ({e})')
@@ -307,7 +306,7 @@ def clean_text(value):
 
 class CaptionedImages:
     """Photos with their texts. An unreadable photo is reported and replaced by the next readable one."""
-    size = 1  # a JPEG is decoded at this many pixels per side or more; train.py sets it
+    min_size = 1  # a JPEG is decoded at this many pixels per side or more; train.py sets it
 
     def __init__(self, texts, folder):
         self.names, self.texts = list(texts), list(texts.values())
@@ -317,8 +316,9 @@ class CaptionedImages:
         for j in itertools.chain(range(i, self.n_images), range(i)):
             if j not in self.unreadable:
                 try:
-                    image = open_image(os.path.join(self.folder, self.names[j]), self.size)
-                    factor = max(1, min(image.size) // (2 * self.size))  # to save memory
+                    check(not is_unreadable_heic(self.names[j]), f'{self.names[j]}: {HEIC_HELP}')
+                    image = open_image(os.path.join(self.folder, self.names[j]), self.min_size)
+                    factor = max(1, min(image.size) // (2 * self.min_size))  # to save memory
                     return image.reduce(factor), self.texts[j]
                 except UserError as e:
                     self.unreadable.add(j)
@@ -382,7 +382,7 @@ def is_picture(path):
     """True if Pillow reads files with this ending, or it is HEIC, and the name does not begin with a dot."""
     name = os.path.basename(path)
     kind = Image.registered_extensions().get(os.path.splitext(name)[1].lower())
-    return not name.startswith('.') and (kind in Image.OPEN or is_unreadable_heic(path))
+    return not name.startswith('.') and (kind in {*Image.OPEN} - {'MPEG'} or is_unreadable_heic(path))
 
 def find_pictures(given):
     """The paths that the setting image stands for: a file, several (a.jpg,b.jpg), a folder or a pattern."""
@@ -427,11 +427,11 @@ def open_table(path, pictures, prompt):
     check(path.endswith('.csv'), f'save={path} must end in .csv')
     def key(picture):  # its row without the answer
         name = os.path.relpath(picture, folder)
-        if os.path.realpath(os.path.join(folder, name)) != os.path.realpath(picture):  # '..' behind a link
-            name = os.path.relpath(picture, os.path.realpath(folder))
+        if os.path.realpath(os.path.join(folder, name)) != os.path.realpath(picture):
+            name = os.path.relpath(picture, os.path.realpath(folder))  # folder is behind a link
         return (name, prompt) if prompt else (name,)
     for name, *_ in map(key, pictures):
-        check(os.fsencode(name) == name.encode(errors='replace'), f'{name!r} is not UTF-8: rename it')
+        check(name == name.encode(errors='replace').decode(), f'{name!r} is not UTF-8: rename it')
     try:
         file = open(path, 'a+', encoding='utf-8', errors='surrogateescape', newline='', buffering=1)
         file.seek(0)

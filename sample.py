@@ -82,7 +82,7 @@ def stream_answer(model, tok, pixels, ids, options):
 
 def answer_in_batches(model, tok, paths, ids, options, failed):
     """Yields (path, answer), num_samples times for each picture; prints the time left."""
-    size = batch_size if num_samples == 1 else 1  # or one, encoded once for all its samples
+    size = batch_size if num_samples == 1 else 1  # several samples: one picture, encoded once
     began = time.time()
     for n in range(0, len(paths), size):
         batch = list(read_pictures(paths[n : n + size], model.cfg, ids.device, failed))
@@ -99,7 +99,7 @@ def answer_in_batches(model, tok, paths, ids, options, failed):
 
 def draw_attention(model, tok, pixels, ids, said, picture, path):
     """Saves the picture and, for each word, the visual tokens it attended to more than others did."""
-    check(said and model.cfg.projection != 'perceiver', 'no attention to draw: no answer, or a Perceiver')
+    check(said and model.cfg.projection != 'perceiver', 'cannot draw attention: empty answer, or Perceiver')
     layers = [block.attn for block in model.decoder.transformer.blocks]
     for attn in layers:
         attn.keep_map = True
@@ -111,7 +111,7 @@ def draw_attention(model, tok, pixels, ids, said, picture, path):
     rows = (rows - usual).clamp(min=0).unflatten(1, (1, math.isqrt(model.cfg.n_visual), -1))
     starts = [i for i, token in enumerate(said) if i == 0 or tok.decode([token]).startswith(' ')]
     picture = open_image(picture, 312).resize((312, 312))
-    tiles = [(picture, [])]
+    tiles = [(picture, [('(the image)', 'black')])]
     for i, j in itertools.pairwise([*starts, len(said)]):  # a word may be several tokens
         word = tok.decode(said[i:j]).strip(' ,.')
         if word not in 'a an and at in is of on the to with'.split():  # these attend everywhere
@@ -176,5 +176,5 @@ if __name__ == '__main__':
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # exit quietly when piped into `head`
     try:
         main()
-    except UserError as e:
+    except (UserError, OSError) as e:
         sys.exit(f'sample.py: {e}')

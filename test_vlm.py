@@ -89,7 +89,7 @@ def assert_one_line(error):
 
 # the files --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('name, limit', [
-    ('vlm.py', 850), ('data.py', 452), ('train.py', 560), ('sample.py', 180), ('test_vlm.py', 6400),
+    ('vlm.py', 850), ('data.py', 452), ('train.py', 560), ('sample.py', 180), ('test_vlm.py', 6800),
     ('README.md', 250)])
 def test_the_files_keep_to_their_length_and_width(name, limit):
     lines = (HERE / name).read_text(encoding='utf-8').splitlines()
@@ -536,6 +536,31 @@ def test_an_attention_map_is_made_on_the_device_of_its_queries():
     attention(torch.randn(2, 6, 32, device='meta'))
 
     assert attention.attn_map.is_meta
+
+def test_no_attention_map_is_kept_unless_asked_for():
+    """Training in bfloat16 on a CPU computes all maps: to keep them would cost their memory."""
+    attn = vlm.Attention(VIT).bfloat16()
+
+    attn(torch.randn(1, 5, 32).bfloat16())
+
+    assert attn.attn_map is None
+
+def test_gradient_checkpointing_keeps_fewer_tensors_of_a_frozen_decoder_too():
+    """train.py puts frozen parts into eval mode."""
+    def keep(x):
+        kept[-1] += x.numel()
+        return x
+    model = build(CFG)
+    model.decoder.requires_grad_(False)
+    x = model.embed(*some_input(CFG)).detach().requires_grad_()
+    kept = []
+
+    for model.decoder.transformer.grad_checkpointing in (False, True):
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, keep):
+            model.decoder(x, torch.arange(x.size(1))[None])
+
+    assert kept[1] < kept[0] / 2
 
 # vlm.py, 3. vision encoder ----------------------------------------------------------------------------
 def test_patches_enter_row_by_row():
@@ -1040,6 +1065,15 @@ def test_forward_makes_all_its_tensors_on_the_device_of_the_model(cfg):
     for positions in (None, ids):
         assert model(images, ids, positions=positions)[0].shape == (3, 7, 300)
 
+def test_from_python_no_gradient_is_kept_of_what_is_generated_and_scored():
+    model = build(CFG)
+    images, ids = some_input(CFG, B=1)
+
+    written = [model(images, ids)[0], *model.stream(images, ids, 2), model.score(images[0], ids[0], [ids[0]])]
+
+    assert written[0].requires_grad
+    assert all(x.is_inference() for x in written[1:])
+
 # vlm.py, 7. sampling ----------------------------------------------------------------------------------
 def draw(probs, n=4000, **options):
     """How often each token is drawn."""
@@ -1137,6 +1171,10 @@ def test_wrong_options_of_sampling_are_refused_by_name(name, value):
         sample_top_p(torch.zeros(2, 3), **{name: value})
 
     assert_one_line(error)
+
+def test_top_p_draws_no_more_once_p_is_reached_exactly():
+    assert len(draw([0.5, 0.5], p=0.5)) == 1
+    assert len(draw([0.25, 0.25, 0.25, 0.25], p=0.5)) == 2
 
 # vlm.py, 8. public weights and checkpoints -------------------------------------------------------------
 SIZES = dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32, intermediate_size=96)
@@ -2048,6 +2086,33 @@ def test_a_checkpoint_is_loaded_onto_the_device_that_is_given(tmp_path):
 
     assert all(x.is_meta for x in model.state_dict().values())
 
+@pytest.mark.parametrize('kind, config, size', [('gpt2', 'GPT2Config', 'n_positions'),
+                                                ('llama', 'LlamaConfig', 'max_position_embeddings')])
+def test_what_a_published_config_leaves_out_is_as_in_transformers(tmp_path, kind, config, size):
+    tf = pytest.importorskip('transformers')
+    theirs = getattr(tf, config)()
+    sizes = 'num_hidden_layers', 'num_attention_heads', 'hidden_size', 'vocab_size', size
+    written = {key: getattr(theirs, key) for key in sizes if kind == 'llama'}  # no two Llamas share them
+    (tmp_path / 'config.json').write_text(json.dumps(written | dict(model_type=kind)))
+
+    ours = vlm.read_config(str(tmp_path))
+
+    for name in ('n_embd', 'norm_eps'):
+        assert getattr(ours['text'], name) == getattr(theirs, vlm.STACK_FIELDS[kind][name]), name
+    assert (ours['vocab_size'], ours['block_size']) == (theirs.vocab_size, getattr(theirs, size))
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused_in_one_line(tmp_path):
+    path = str(tmp_path / 'ckpt.pt')
+    save_checkpoint(path, build(CFG), BYTES)
+    state = torch.load(path, weights_only=True)
+    del state['model']['decoder.embedding.weight']
+    torch.save(state, path)
+
+    with pytest.raises(UserError, match='ckpt.pt is damaged or outdated.*decoder.embedding.weight') as error:
+        load_checkpoint(path)
+
+    assert_one_line(error)
+
 # vlm.py, 9. tokenizers ---------------------------------------------------------------------------------
 CORPUS = ['a small red cat sits on a red mat', 'the cat sat, a mat sat', '12 hats, café \U0001f600']
 
@@ -2341,6 +2406,36 @@ def test_a_tokenizer_that_lacks_the_result_of_a_merge_is_refused(tmp_path):
         Tokenizer.make(str(tmp_path))
 
     assert_one_line(error)
+
+@pytest.mark.parametrize('digits', [True, False])
+def test_contractions_are_split_as_by_the_tokenizers_package(tmp_path, digits):
+    tk = pytest.importorskip('tokenizers')
+    text = "I'm sure they've seen it's red, we'll say we're late, she'd say don't 'em"
+    theirs = train_tokenizer(tmp_path / 'tokenizer.json', digits)
+    alphabet = tk.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tk.trainers.BpeTrainer(special_tokens=['<|endoftext|>'], initial_alphabet=alphabet)
+    theirs.train_from_iterator([text] * 9, trainer)
+    theirs.save(str(tmp_path / 'tokenizer.json'))
+
+    assert Tokenizer.make(str(tmp_path)).encode(text) == theirs.encode(text).ids
+
+def test_of_special_tokens_no_text_is_shown(tmp_path):
+    theirs = train_tokenizer(tmp_path / 'tokenizer.json', digits=True)
+    ids = theirs.encode('the cat<pad><|endoftext|>').ids
+
+    assert Tokenizer.make(str(tmp_path)).decode(ids) == theirs.decode(ids) == 'the cat'
+
+def test_spaces_before_a_digit_are_learned_as_the_piece_that_encoding_takes_them_for():
+    assert len(Tokenizer.make('bpe', ['in   4'] * 9, 300).encode('   4')) == 2
+
+def test_a_tokenizer_with_gaps_between_its_ids_counts_them(tmp_path):
+    """A decoder needs a row for its largest id."""
+    train_tokenizer(tmp_path / 'tokenizer.json', digits=True)
+    content = json.loads((tmp_path / 'tokenizer.json').read_text('utf-8'))
+    content['added_tokens'].append(dict(content['added_tokens'][1], id=999, content='<image>'))
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(content))
+
+    assert Tokenizer.make(str(tmp_path)).vocab_size == 1000
 
 # vlm.py, 10. images and batches ------------------------------------------------------------------------
 def half_and_half(mode='L', top=255, bottom=0):
@@ -2673,6 +2768,12 @@ def test_an_abbreviated_setting_is_refused(capsys):
     assert stop.value.code == 2
     assert 'unknown setting --batch' in capsys.readouterr().err
 
+def test_of_a_mistyped_setting_and_its_value_the_setting_is_named(capsys):
+    with pytest.raises(SystemExit):
+        override('--batchsize', '32')
+
+    assert 'unknown setting --batchsize: did you mean --batch_size?' in capsys.readouterr().err
+
 # data.py, drawn scenes --------------------------------------------------------------------------------
 NINE_PLACES = sorted(data.PLACES, key=len, reverse=True)  # 'at the top left' before 'at the top'
 THING = rf'({"|".join(NINE_PLACES)}) a (small|large) (\w+) (\w+)'
@@ -2848,6 +2949,14 @@ def test_a_scene_is_the_same_in_every_process():
 
     assert printed == f'{[data.Shapes("train", 3)[i][1] for i in range(20)]}\n'
 
+def test_the_article_of_a_color_is_that_of_english():
+    scenes = data.Shapes('train', 9)
+
+    asked = ' '.join(question for i in range(100) for question, _ in scenes[i][1])
+
+    assert set(re.findall(r'is there (an? \w)', asked)) >= {'an o', 'a r', 'a b'}
+    assert not re.search(r'\ba [aeiou]|\ban [^aeiou]', asked)
+
 # data.py, photos with captions ------------------------------------------------------------------------
 @pytest.fixture
 def settings(tmp_path, capfd):
@@ -2932,7 +3041,7 @@ def test_a_class_folder_answers_what_its_pictures_are_and_one_class_is_reported(
 
     items = read_items(tmp_path)
 
-    assert 'all are in folder sea_horse: ' in capfd.readouterr().err
+    assert 'all are in one folder, so its name, sea_horse, ' in capfd.readouterr().err
     assert items == {0: [('what is this?', 'sea horse')], 1: [('what is this?', 'sea horse')]}
 
 def test_five_percent_of_the_images_are_held_out_always_the_same(tmp_path, settings):
@@ -2966,7 +3075,7 @@ def test_a_large_photo_is_reduced_but_no_side_below_the_size_that_is_needed(tmp_
     Image.new('RGB', (4000, 300)).save(tmp_path / 'panorama.png')
     Image.new('RGB', (1000, 900)).save(tmp_path / 'photo.png')
     photos = data.CaptionedImages({'panorama.png': [('', 'x')], 'photo.png': [('', 'y')]}, str(tmp_path))
-    photos.size = 100
+    photos.min_size = 100
 
     panorama, photo = (photos[i][0] for i in range(2))
 
@@ -3220,6 +3329,16 @@ def test_heic_is_refused_with_a_way_out(tmp_path, settings, capfd):
     assert seen == []
     assert capfd.readouterr().err.count('convert it to JPEG, or install pillow-heif') == 2 + 1
 
+def test_heic_in_a_caption_file_is_explained_and_replaced(tmp_path, settings, capfd):
+    make_photos(tmp_path, 1)
+    (tmp_path / 'IMG_1.HEIC').write_bytes(b'....ftypheic')
+    (tmp_path / 'c.csv').write_text('image,caption\nIMG_1.HEIC,a dog\n0.png,a cat\n')
+
+    items = read_items(tmp_path / 'c.csv')
+
+    assert items == {0: [('', 'a cat')]}
+    assert 'skipped: IMG_1.HEIC: Pillow alone cannot read HEIC' in capfd.readouterr().err
+
 @pytest.mark.parametrize('name', ['nowhere.csv', 'empty'])
 def test_a_data_set_that_is_not_there_is_a_user_error_of_one_line(tmp_path, settings, name):
     (tmp_path / 'empty').mkdir()
@@ -3445,6 +3564,120 @@ def test_a_tilde_before_image_dir_is_the_home_folder(tmp_path, settings, monkeyp
 def test_the_hint_for_excel_may_be_in_quotes(tmp_path, settings):
     make_photos(tmp_path, 1)
     (tmp_path / 'a.csv').write_text('"sep=;"\nimage;caption\n0.png;x\n')
+
+    assert read_items(tmp_path / 'a.csv') == {0: [('', 'x')]}
+
+@pytest.mark.parametrize('name', 'image file_name image_name filename image_path path'.split())
+def test_the_column_of_images_may_have_any_of_these_names(tmp_path, settings, name):
+    make_photos(tmp_path, 1)
+    (tmp_path / 'a.csv').write_text(f'{name},caption\n0.png,x\n')
+
+    assert read_items(tmp_path / 'a.csv') == {0: [('', 'x')]}
+
+@pytest.mark.parametrize('name', ['labels.csv', 'labels.tsv', 'labels.json', 'labels.jsonl', '0.caption'])
+def test_a_folder_with_captions_in_another_file_has_no_classes(tmp_path, settings, name):
+    make_photos(tmp_path / 'photos', 2)
+    (tmp_path / 'photos' / name).write_text('any')
+    train.dataset = str(tmp_path)
+
+    with pytest.raises(UserError, match=f'it contains .*{name}: set dataset to that file') as error:
+        train.make_datasets()
+
+    assert_one_line(error)
+
+def test_lines_of_a_jsonl_file_are_counted_with_the_empty_ones(tmp_path, settings, capfd):
+    make_photos(tmp_path, 1)
+    (tmp_path / 'a.jsonl').write_text('\n\n' + GOOD + '\n\n{"image": "1.png"}\n')
+
+    assert read_items(tmp_path / 'a.jsonl') == {0: [('', 'x')]}
+    assert 'the first: line 5: it has no text' in capfd.readouterr().err
+
+def test_text_files_are_captions_also_beside_a_file_of_something_else(tmp_path, settings):
+    make_photos(tmp_path, 1)
+    (tmp_path / '0.txt').write_text('x')
+    (tmp_path / 'notes.json').write_text('{}')
+
+    assert read_items(tmp_path) == {0: [('', 'x')]}
+
+def test_a_tab_separates_even_if_a_column_has_a_comma_in_its_name(tmp_path, settings):
+    make_photos(tmp_path, 1)
+    (tmp_path / 'a.tsv').write_text('image\tcaption\tremarks (yours, theirs, ours)\n0.png\tx\tgood, bad\n')
+
+    assert read_items(tmp_path / 'a.tsv') == {0: [('', 'x')]}
+
+def test_a_coco_image_without_a_file_name_costs_only_its_own_captions(tmp_path, settings):
+    make_photos(tmp_path, 2)
+    content = dict(COCO, images=[*COCO['images'], {'id': 99}],
+                   annotations=[*COCO['annotations'], {'image_id': 99, 'caption': 'lost'}])
+    (tmp_path / 'a.json').write_text(json.dumps(content))
+
+    assert {*read_items(tmp_path / 'a.json')} == {0, 1}
+
+def test_a_video_is_no_photo(tmp_path, settings):
+    make_photos(tmp_path / 'dog', 1)
+    (tmp_path / 'dog/clip.mpg').write_bytes(b'\x00\x00\x01\xb3')
+
+    assert data.find_pictures(f'{tmp_path}/dog') == [f'{tmp_path}/dog/0.png']
+    assert read_items(tmp_path) == {0: [('what is this?', 'dog')]}
+
+def test_every_underscore_of_a_class_is_a_space(tmp_path, settings):
+    make_photos(tmp_path / 'great_white_shark', 1)
+
+    assert read_items(tmp_path) == {0: [('what is this?', 'great white shark')]}
+
+def test_spaces_around_the_values_of_a_table_are_of_no_account(tmp_path, settings):
+    make_photos(tmp_path, 1)
+    (tmp_path / 'a.csv').write_text('image , caption\n 0.png , "a dog, and a cat"\n')
+
+    assert read_items(tmp_path / 'a.csv') == {0: [('', 'a dog, and a cat')]}
+
+def test_a_line_of_json_that_is_nested_too_deeply_is_skipped(tmp_path, settings):
+    make_photos(tmp_path, 1)
+    (tmp_path / 'a.jsonl').write_text('[' * 100000 + '\n' + GOOD)
+
+    assert read_items(tmp_path / 'a.jsonl') == {0: [('', 'x')]}
+
+@pytest.mark.parametrize('row', [
+    dict(path='1.png', image='0.png', text='y', caption='x'),
+    dict(file_name='0.png', image_path='1.png', comment='y', answer='x'),
+    dict(image='0.png', comment='y', text='x'),
+])
+def test_of_several_images_and_captions_in_a_row_the_first_name_counts(tmp_path, settings, row):
+    """In the order of the README: image, file_name, ..., path and caption, answer, text, comment."""
+    make_photos(tmp_path, 2)
+    (tmp_path / 'a.jsonl').write_text(json.dumps(row))
+
+    assert read_items(tmp_path / 'a.jsonl') == {0: [('', 'x')]}
+
+def test_a_picture_beside_the_caption_file_is_meant_before_one_in_images(tmp_path, settings):
+    make_photos(tmp_path, 2)
+    make_photos(tmp_path / 'images', 1)
+    (tmp_path / 'a.csv').write_text('image,caption\n0.png,x\n1.png,y\n')
+
+    assert read_items(tmp_path / 'a.csv') == {0: [('', 'x')], 1: [('', 'y')]}
+
+def test_numbers_are_learned_with_all_their_digits(tmp_path, settings):
+    make_photos(tmp_path, 1)
+    (tmp_path / 'a.jsonl').write_text('{"image": "0.png", "caption": [1234567, 0.125, -3]}')
+
+    assert read_items(tmp_path / 'a.jsonl') == {0: [('', '1234567'), ('', '0.125'), ('', '-3')]}
+
+def test_half_a_surrogate_pair_in_a_json_file_is_learned_as_a_question_mark(tmp_path, settings):
+    make_photos(tmp_path, 1)
+    (tmp_path / 'a.jsonl').write_text('{"image": "0.png", "caption": "a dog \\ud83d here"}')
+
+    assert read_items(tmp_path / 'a.jsonl') == {0: [('', 'a dog ? here')]}
+
+def test_spaces_around_the_keys_of_json_are_of_no_account(tmp_path, settings):
+    make_photos(tmp_path, 1)
+    (tmp_path / 'a.jsonl').write_text('{" Image": "0.png", "caption ": "x"}')
+
+    assert read_items(tmp_path / 'a.jsonl') == {0: [('', 'x')]}
+
+def test_the_name_of_a_photo_may_have_a_backslash(tmp_path, settings):
+    make_photos(tmp_path, 1)
+    os.rename(tmp_path / '0.png', tmp_path / 'a\\b.png')
+    (tmp_path / 'a.csv').write_text('image,caption\na\\b.png,x\n')
 
     assert read_items(tmp_path / 'a.csv') == {0: [('', 'x')]}
 
@@ -3790,7 +4023,7 @@ def test_texts_of_an_image_that_do_not_fit_together_are_counted(settings, capfd)
     assert said_where_it_fits == ''
     said = capfd.readouterr().out
     assert said.startswith('1 of 2 images have more texts than fit a sequence')
-    assert f'in a new run, --block_size={TINY.n_visual + room} help' in said
+    assert f'in a new run, set --block_size={TINY.n_visual + room}' in said
 
 def test_batches_are_whole_even_if_they_do_not_divide_the_images(settings):
     """A smaller last one might leave a process without an image."""
@@ -4344,6 +4577,20 @@ def test_with_images_swapped_every_text_has_the_image_of_another(settings, monke
 
     assert not any(torch.equal(own, swapped) for own, swapped in zip(*seen))
 
+def test_the_page_of_samples_shows_held_out_scenes(tmp_path, settings):
+    train.batch_size, train.eval_iters, train.eval_samples = 2, 1, 0
+    cfg = replace(TINY, block_size=40)
+    batches = train.Batches(data.Shapes('val', train.seed), cfg, BYTES)
+
+    train.evaluate(build(cfg), batches, 0, False, torch.device('cpu'))
+
+    page = Image.open(tmp_path / 'samples.png')
+    for n, i in enumerate(random.Random(1337).sample(range(100000), 6)):
+        scene = data.Shapes('val', train.seed)[i][0].resize((8, 8), Image.Resampling.BOX)
+        x, y = 320 * (n % 3) + 4, page.height // 2 * (n // 3) + 4
+        tile = page.crop((x, y, x + 312, y + 312)).resize((8, 8), Image.Resampling.BOX)
+        assert max(high for _, high in ImageChops.difference(scene, tile).getextrema()) < 20
+
 # train.py, the run ------------------------------------------------------------------------------------
 QUICK = """--device=cpu --dtype=float32 --tokenizer=bytes --batch_size=4 --num_workers=0 --max_iters=2
            --log_interval=1 --eval_iters=1 --eval_samples=2""".split()
@@ -4512,7 +4759,7 @@ def test_fine_tuning_starts_at_step_0_with_weights_and_tokenizer_of_a_file(tmp_p
 @pytest.mark.parametrize('option', ['tokenizer=bpe', 'vocab_size=300', 'image_size=32', 'block_size=90',
                                     'projection=mlp', 'dropout=0', 'preset=small'])
 def test_what_a_file_fixes_cannot_be_changed_in_fine_tuning(tmp_path, start, run, option):
-    with pytest.raises(UserError, match='start.pt fixes preset, tokenizer, sizes') as error:
+    with pytest.raises(UserError, match='start.pt sets preset, tokenizer, sizes') as error:
         run(*QUICK, '--tokenizer=', f'--init_from={tmp_path}/start.pt', f'--{option}')
 
     assert_one_line(error)
@@ -4877,7 +5124,7 @@ def test_settings_that_cannot_work_are_refused(settings, arguments, words):
 def test_large_pictures_that_are_not_jpegs_are_reduced_when_read(tmp_path):
     Image.new('RGB', (3000, 2000), 'red').save(tmp_path / 'a.png')
     photos = data.CaptionedImages({'a.png': [('', 'a')]}, str(tmp_path))
-    photos.size = 89
+    photos.min_size = 89
 
     image, _ = photos[0]
 
@@ -5538,6 +5785,28 @@ def test_texts_that_a_terminal_cannot_show_do_not_end_train(tmp_path):
 
     assert done.returncode == 0
 
+def test_float32_products_on_a_gpu_may_use_its_matrix_units(run):
+    torch.set_float32_matmul_precision('highest')
+
+    run(*QUICK, '--max_iters=0')
+
+    assert torch.get_float32_matmul_precision() == 'high'
+
+def test_a_long_text_is_reported_also_if_it_is_that_of_a_late_image(tmp_path, run, capfd):
+    make_photos(tmp_path, 100)
+    rows = [f'{i}.png,' + 'x' * (200 if i == 99 else 1) for i in range(100)]
+    (tmp_path / 'a.csv').write_text('\n'.join(['image,caption', *rows]))
+    path = f'{tmp_path}/a.csv'
+
+    run(*QUICK, f'--dataset={path}', f'--val_dataset={path}', '--max_iters=0')
+
+    assert '1 of 100 texts are too long and will be cut' in capfd.readouterr().out
+
+def test_the_learned_tokenizer_knows_all_words_of_drawn_scenes(run):
+    tokens = run('--device=cpu', '--max_iters=0', '--eval_iters=1', '--eval_samples=0')['tokenizer']['tokens']
+
+    assert {f' {word}' for word in [*data.COLORS, *data.SHAPES, *data.SIZES]} <= set(tokens)
+
 # the default job, in short, and what sample.py makes of it --------------------------------------------
 @pytest.fixture(scope='session', autouse=True)
 def training(request, tmp_path_factory):
@@ -5781,6 +6050,18 @@ def test_a_user_error_ends_a_runner_with_one_line(tmp_path, runner):
     assert done.returncode == 1
     assert re.fullmatch(f'{runner}: device=tpu .*\n', done.stderr)
 
+@pytest.mark.parametrize('runner, file', [('train.py', 'log.csv'), ('sample.py', 'drawn.png')])
+def test_a_file_that_cannot_be_written_ends_a_runner_with_one_line(folder, tmp_path, runner, file):
+    (tmp_path / 'out' / file).mkdir(parents=True)
+    if runner == 'sample.py':
+        shutil.copy(folder / 'ckpt.pt', tmp_path / 'out')
+
+    done = subprocess.run([sys.executable, HERE / runner], cwd=tmp_path, env=ENVIRONMENT,
+                          capture_output=True, text=True)
+
+    assert done.returncode == 1
+    assert re.fullmatch(f"{runner}: .*Is a directory: '.*out/{file}'\n", done.stderr)
+
 def test_top_k_is_that_of_the_model(folder, talk):
     _, printed, _ = talk(f'--out_dir={folder}', f'--image={folder}/a.png', '--dtype=float32', '--top_k=1',
                          '--num_samples=3', '--temperature=1', '--top_p=1', '--max_new_tokens=6')
@@ -5913,7 +6194,7 @@ def test_a_jpeg_is_seen_as_sharp_as_the_model_can_see(folder, talk, monkeypatch)
 def test_the_attention_of_an_empty_answer_cannot_be_drawn(folder, talk, monkeypatch):
     monkeypatch.setattr(vlm, 'sample_top_p', always(256))  # end-of-text
 
-    with pytest.raises(UserError, match='no attention to draw') as error:
+    with pytest.raises(UserError, match='cannot draw attention') as error:
         talk(f'--out_dir={folder}', f'--image={folder}/a.png', f'--attention={folder}/look.png')
 
     assert_one_line(error)
@@ -6339,7 +6620,7 @@ def test_below_a_picture_of_attention_is_the_whole_word_even_if_it_is_the_first(
     said = [*b'dogs, and cats']
     sample.draw_attention(model, tok, pixels, torch.tensor([256]), said, f'{folder}/b.png', '')
 
-    assert [texts for _, texts in sheet.call_args[0][0]] == [[], [('dogs', 'black')], [('cats', 'black')]]
+    assert [texts for _, texts in sheet.call_args[0][0][1:]] == [[('dogs', 'black')], [('cats', 'black')]]
 
 def test_the_attention_of_an_answer_of_one_token_is_not_the_whole_picture(folder, monkeypatch):
     def attend_to_the_last_visual_token(q, k, v, mask):
@@ -6371,3 +6652,41 @@ def test_public_weights_are_put_onto_the_device_that_is_given(tmp_path, monkeypa
     model, _ = sample.load_model(torch.device('meta'))
 
     assert all(p.is_meta for p in model.parameters())
+
+def test_the_pictures_of_a_pattern_come_in_the_order_of_their_names(tmp_path):
+    make_photos(tmp_path, 10)
+    os.rename(tmp_path / '0.png', tmp_path / 'z.png')
+
+    assert data.find_pictures(f'{tmp_path}/*.png') == [f'{tmp_path}/{n}.png' for n in '123456789z']
+
+def test_a_picture_below_a_tilde_may_have_a_comma_in_its_name(folder, monkeypatch):
+    monkeypatch.setenv('HOME', str(folder))
+    os.rename(folder / 'a.png', folder / 'a,c.png')
+
+    assert data.find_pictures('~/a,c.png') == [f'{folder}/a,c.png']
+
+def test_a_question_is_saved_with_its_capitals(folder, talk):
+    arguments = [f'--out_dir={folder}', f'--image={folder}/b.png', f'--save={folder}/c.csv',
+                 '--max_new_tokens=1']
+
+    talk(*arguments, '--prompt=Who?')
+    _, _, errors = talk(*arguments, '--prompt=who?')
+
+    assert '1 of 1 pictures still to do' in errors
+    assert [row['prompt'] for row in csv.DictReader(open(folder / 'c.csv'))] == ['Who?', 'who?']
+
+def test_a_tilde_before_the_picture_of_attention_is_the_home_folder(folder, talk, monkeypatch):
+    monkeypatch.setenv('HOME', str(folder))
+    monkeypatch.setattr(vlm, 'sample_top_p', always(65))
+
+    talk(f'--out_dir={folder}', f'--image={folder}/a.png', '--attention=~/look.png', '--max_new_tokens=2')
+
+    assert (folder / 'look.png').exists()
+
+def test_a_scene_is_drawn_into_a_new_folder_if_need_be(folder, talk, monkeypatch):
+    monkeypatch.setenv('HOME', str(folder))
+
+    _, printed, _ = talk(f'--init_from={folder}/ckpt.pt', '--out_dir=~/new', '--max_new_tokens=2')
+
+    assert printed.startswith(f'{folder}/new/drawn.png\n')
+    assert (folder / 'new/drawn.png').exists()

@@ -119,7 +119,7 @@ class Batches(torch.utils.data.Dataset):
         self.transform = make_transform(cfg, augment)
 
     def __getitem__(self, n):
-        seed, batch_size, texts_per_image = self.settings  # a spawned worker has defaults
+        seed, batch_size, texts_per_image = self.settings  # a spawned worker has default globals
         epoch, n = divmod(n, max(1, self.data.n_images // batch_size))
         order = torch.randperm(self.data.n_images, generator=torch.Generator().manual_seed(seed + epoch))
         rng = random.Random(f'{seed} {epoch} {n} {self.part}')
@@ -178,7 +178,7 @@ def report_cut_texts(groups, cfg, tokenizer):
               f'--block_size={cfg.n_visual + needed} in a new run makes room')
     elif crowded and dataset != 'shapes':  # a scene has many short texts: any will do
         print(f'{crowded} of {len(groups)} images have more texts than fit a sequence; the last are cut: '
-              f'fewer --texts_per_image or, in a new run, --block_size={cfg.n_visual + needed_together} help')
+              f'lower --texts_per_image or, in a new run, set --block_size={cfg.n_visual + needed_together}')
 
 # optimizers -------------------------------------------------------------------------------------------
 class Muon(torch.optim.Optimizer):
@@ -189,7 +189,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             params = group['params']
             grads = torch.stack([p.grad.flatten(1) for p in params])  # (n,rows,columns)
-            mean = self.state[params[0]].setdefault('mean', torch.zeros_like(grads))  # the group's
+            mean = self.state[params[0]].setdefault('mean', torch.zeros_like(grads))  # of them all
             mean.lerp_(grads, 0.1)  # momentum 0.9: 0.95 is usual, but slows the small presets
             updates = orthogonalize(grads.lerp(mean, 0.9))  # Nesterov: one step ahead
             scale = math.sqrt(max(1, updates.size(1) / updates.size(2)))
@@ -308,7 +308,7 @@ def evaluate(model, batches, step, last, where):
         count += n
     own, swapped, share = own / count, swapped / count, math.nan
     gain = f'with images swapped {swapped:.4f}, image gain {swapped - own:.4f}'
-    if len(images) == 1:  # in each batch
+    if len(images) == 1:  # as in every batch: all are equally large
         swapped = math.nan
         gain = 'image gain unknown: it needs two held-out images in a batch'
     print(f'step {step}: held-out loss {own:.4f}, {gain}')
@@ -329,24 +329,24 @@ def make_model(texts):
     """The model and tokenizer of a new run, from the settings. texts: what a new BPE is learned from."""
     if init_from.endswith('.pt'):
         changed = [tokenizer, vocab_size, image_size, block_size, projection, dropout >= 0, preset != 'tiny']
-        check(not any(changed), f'{init_from} fixes preset, tokenizer, sizes, projection, dropout: omit them')
+        check(not any(changed), f'{init_from} sets preset, tokenizer, sizes, projection, dropout: omit them')
         return load_checkpoint(os.path.expanduser(init_from))[:2]
     names = init_from
     if init_from == 'pretrained':
         names = dict(base='siglip-b-16,gpt2', nanovlm='siglip-b-16,smollm2-135m').get(preset)
         check(names, 'init_from=pretrained needs --preset=base or nanovlm')
     published = {}
-    for name in [part.strip() for part in names.split(',') if part != 'scratch']:
+    for name in map(str.strip, names.split(',') if names != 'scratch' else []):
         config = read_config(name)
         if 'text' in config and os.path.isfile(os.path.expanduser(f'{name}/tokenizer.json')):
             config['tokenizer'] = name  # nanoVLM's config.json names a repository instead
         published |= config
     cfg = vars(PRESETS[preset]) | published
     tok = Tokenizer.make(tokenizer or cfg['tokenizer'], texts, vocab_size or cfg['vocab_size'])
-    if 'text' not in published:  # a published decoder fixes its vocab_size
+    if 'text' not in published:
         cfg['vocab_size'] = tok.vocab_size
-    matches = 'text' not in published or tok.name not in ('bytes', 'bpe')  # the decoder knows its ids
-    check(matches and tok.vocab_size <= cfg['vocab_size'], f'tokenizer={tok.name} does not fit the decoder')
+    elif tok.name in ('bytes', 'bpe') or tok.vocab_size > cfg['vocab_size']:  # not the ids it learned
+        raise UserError(f'tokenizer={tok.name} does not fit the decoder')
     chosen = dict(image_size=image_size, block_size=block_size, projection=projection)
     cfg |= {name: value for name, value in chosen.items() if value}
     if dropout >= 0:
@@ -415,7 +415,7 @@ def main(argv=None):
     if init_from != 'resume':
         model, tok = make_model([' '.join(text) for texts in all_texts for text in texts])
     report_cut_texts(all_texts[:5000], model.cfg, tok)  # more would take minutes
-    train_set.size = val_set.size = int(1.4 * model.cfg.image_size)  # room for augment's crops
+    train_set.min_size = val_set.min_size = int(1.4 * model.cfg.image_size)  # room for augment's crops
     model.to(where, memory_format=torch.channels_last)  # convolutions are faster in this format
     for module in model.modules():
         module.grad_checkpointing = grad_checkpointing
@@ -439,7 +439,7 @@ def main(argv=None):
     # 6. the log; a signal stops the run after its step
     log_path = f'{folder}/log.csv' if rank == 0 and not eval_only else os.devnull
     rows = []
-    if step and os.path.exists(log_path):  # drop rows after the last save (the header is 0)
+    if step and os.path.exists(log_path):  # drop rows after the last save (the header counts as 0)
         with open(log_path, encoding='utf-8', errors='replace') as f:
             rows = [row.rstrip() + '\n' for row in f if int(re.match(r'\d*', row)[0] or 0) <= step]
     log = open(log_path, 'w', buffering=1)
@@ -512,8 +512,8 @@ def main(argv=None):
                 scaler.step(o)
         else:
             skipped += 1
-            for buffer, before in zip(model.buffers(), buffers):
-                buffer.copy_(before)
+            for buffer, saved in zip(model.buffers(), buffers):
+                buffer.copy_(saved)
             print(f'step {step}: the gradient is not finite, so the step is skipped')
         scaler.update()
         model.zero_grad()
@@ -524,14 +524,14 @@ def main(argv=None):
             n = len(losses) / gradient_accumulation_steps  # steps since the last line
             loss = sum(losses).item() / n
             seconds = (time.time() - since) / n
-            images = n_images * gradient_accumulation_steps / seconds
+            rate = n_images * gradient_accumulation_steps / seconds
             with contextlib.suppress(OSError):  # a full disk or a closed pipe must not end the run
                 print(f'{step},{time.time() - began:.1f},{loss:.5f},,,', file=log)
                 print(f'step {step}/{max_iters}: loss {loss:.4f}, {seconds * 1000:.0f} ms, '
-                      f'{images:.0f} images/s, {(max_iters - step) * seconds / 60:.1f} min left', flush=True)
+                      f'{rate:.0f} images/s, {(max_iters - step) * seconds / 60:.1f} min left', flush=True)
             losses = []
             since = time.time()
-    check(skipped < 20, '20 steps in a row were skipped: resume with float32 or lower rates')
+    check(skipped < 20, '20 steps in a row were skipped: resume with --dtype=float32 or lower learning rates')
     if halt:
         print(f'stopped at step {step}: continue with --init_from=resume --out_dir={shlex.quote(out_dir)}')
     else:
@@ -553,7 +553,7 @@ if __name__ == '__main__':
         if 'DataLoader worker (pid' not in str(e):
             raise
         sys.exit('train.py: a data loading process died, perhaps out of memory: try --num_workers=0')
-    except UserError as e:
+    except (UserError, OSError) as e:
         if int(os.environ.get('RANK', 0)) > 0:  # rank 0 reports it, unless only this one failed
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun sends it when rank 0 ends
             time.sleep(5)

@@ -78,12 +78,12 @@ class VLMConfig:  # the whole model, plus its image and prompt preprocessing
     projection_hidden: int = 2048  # 'mlp': its hidden width
     shuffle_factor: int = 2      # 'pixel_shuffle': f x f cells become one visual token
     n_latents: int = 32          # 'perceiver': the number of visual tokens
-    input_norm: bool = False     # normalize what enters the decoder: see LanguageDecoder
+    input_norm: bool = False     # each decoder input gets mean 0, std 1: small models learn sooner
     vocab_size: int = 50257
     block_size: int = 1024       # maximum sequence length: visual tokens and at least 16 of text
     tokenizer: str = 'bpe'       # see Tokenizer.make
     prompt_template: str = ' {}' # what the decoder reads; {} is replaced by the prompt
-    answer_prefix: str = ' '     # goes before the answer: the usual token of BPE is ' red', not 'red'
+    answer_prefix: str = ' '     # goes before the answer; BPE learns words with their space: ' red'
     caption_prompt: str = ''     # the prompt that asks for a caption
 
     @property
@@ -196,10 +196,10 @@ class Attention(nn.Module):
         if self.group_size > 1:  # (B,G,S,D) -> (B,H,S,D)
             k = k.repeat_interleave(self.group_size, dim=1)
             v = v.repeat_interleave(self.group_size, dim=1)
-        # one new token needs no mask: no key is in its future. A given mask is causal already
+        # one new token needs no mask: no key is in its future
         is_causal = x.size(1) > 1 and mask is None and self.causal
         if self.keep_map or avoid_fused_attention(q):
-            if is_causal:  # then L = S: with a cache, only its first call has several tokens
+            if is_causal:  # several new tokens, so no old keys (see the assert): L = S
                 mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=x.device).tril()
             y, att = attend(q, k, v, mask)
             self.attn_map = att.detach() if self.keep_map else None
@@ -295,7 +295,7 @@ class MultimodalProjection(nn.Module):
         n_in, n_hidden, n_out = n_embd * cfg.factor**2, cfg.projection_hidden, cfg.text.n_embd
         if self.kind == 'mlp':  # as in LLaVA 1.5 (arXiv 2310.03744)
             self.proj = nn.Sequential(nn.Linear(n_in, n_hidden), nn.GELU(), nn.Linear(n_hidden, n_out))
-        else:  # one linear map; as in nanoVLM, pixel_shuffle has no bias
+        else:  # one linear map for the others; pixel_shuffle's has no bias, as in nanoVLM
             self.proj = nn.Linear(n_in, n_out, bias=self.kind != 'pixel_shuffle')
         if self.kind == 'perceiver':  # Flamingo's (2204.14198), but latents do not see each other
             self.norm = make_norm(cfg.text)  # for the features: a Block does not normalize its context
@@ -353,7 +353,7 @@ class MinimalVLM(nn.Module):
         self.decoder = LanguageDecoder(cfg)
         self.init_weights()
     def init_weights(self):
-        """As in GPT-2, except that q and k of self-attention start equal (for the reason, see below)."""
+        """Linear layers and embeddings as in GPT-2, but q and k of self-attention start equal."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -363,8 +363,8 @@ class MinimalVLM(nn.Module):
             for block in stack.blocks:
                 for layer in (block.attn.out, block.mlp.down):  # these add to the residual stream
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
-        # q and k start as one W, with W^T W about 0.5 I: q.k, summed over heads, is about 0.5 x.y, similarity
-        # (arXiv 2305.09828), and from there small models learn sooner what words refer to.
+        # q and k start as one random W, so W^T W is about 0.5 I and q.k, summed over heads, about 0.5 x.y:
+        # tokens first attend to similar ones (arXiv 2305.09828), and small models learn words sooner.
         for attn in [*self.vision.modules(), *self.decoder.modules()]:  # not the Perceiver
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
                 nn.init.normal_(attn.k.weight, std=0.7 / math.sqrt(attn.k.in_features))
@@ -384,12 +384,12 @@ class MinimalVLM(nn.Module):
     def forward(self, images, ids, targets=None, positions=None):
         """images and ids as for embed. targets (B,T): the next token after each id, or -100 where not scored.
         positions (B,T): index of each id in its own text (see collate); required when a row packs texts.
-        -> logits (B,T,V) and None; or, given targets, logits of the scored ids (n_scored,V) and mean loss."""
+        -> (logits (B,T,V), None); with targets: (logits of the scored ids (n_scored,V), mean loss)."""
         x = self.embed(images, ids)  # (B,S,C)
         N = x.size(1) - ids.size(1)
-        pos = torch.arange(x.size(1), device=x.device)[None]  # places in the whole sequence
+        pos = torch.arange(x.size(1), device=x.device)[None]  # (1,S): 0 to S - 1
         mask = None
-        if positions is not None:  # packed: each text begins at pos N, as if it were alone
+        if positions is not None:  # packed: pos restarts at N in each text, as if it were alone
             pos = torch.cat([pos[:, :N].expand(len(ids), -1), N + positions], dim=1)  # (B,S)
             mask = packed_mask(positions, N)
         h = self.decoder(x, pos, mask)[:, N:]  # (B,T,C), without the visual positions
@@ -422,7 +422,7 @@ class MinimalVLM(nn.Module):
 
     @torch.inference_mode()
     def score(self, image, prompt, choices):
-        """Log-probabilities (n,) of choices, each from encode_answer (A,). image (3,P,P), prompt (T,)"""
+        """Log-probabilities (n,) of choices, encode_answer's ids as tensors. image (3,P,P), prompt (T,)"""
         answers = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-100)  # (n,A)
         ids = torch.cat([prompt.expand(len(choices), -1), answers.clamp(min=0)], dim=1)  # (n,T+A)
         logits, _ = self(image[None], ids[:, :-1])  # (n,T+A-1,V): each predicts the next token
@@ -456,7 +456,7 @@ def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
         return logits.argmax(dim=-1, keepdim=True)
     logits, ids = logits.float().sort(dim=-1, descending=True)
     logits = logits[..., : top_k or None]  # [: None] keeps all
-    logits = (logits - logits[..., :1]) / max(temperature, 1e-30)  # all <= 0: no overflow
+    logits = (logits - logits[..., :1]) / max(temperature, 1e-30)  # all <= 0: no +inf, no nan
     probs = F.softmax(logits, dim=-1)
     if p < 1:
         before = probs.cumsum(dim=-1) - probs  # total probability of the likelier tokens
@@ -465,13 +465,13 @@ def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
 
 # 8. Public weights and checkpoints --------------------------------------------------------------------
 def read_table(text):
-    """Each column as {ours: theirs}, by header: VISION_NAMES['SigLIP']['norm'] is 'post_layernorm'."""
+    """The table as {header: {ours: theirs}}: VISION_NAMES['SigLIP']['norm'] is 'post_layernorm'."""
     ours, *columns = zip(*[line.split() for line in text.strip().splitlines()])  # rows to columns
     return {column[0]: dict(zip(ours[1:], column[1:])) for column in columns}
 
 # Our layers and their names in public files ('#': block number, '-': none). load_weights adds .weight or
-# .bias, except to position_embedding. After a colon, T means: transpose the weight; then 0, 1, 2: take the
-# q, k, v third. h.#.attn.c_attn:T1 is GPT-2's k, the second third of one transposed matrix for q, k and v.
+# .bias (not to position_embedding). ':T' means: transpose the weight; ':0', ':1', ':2': take a third of one
+# matrix for q, k and v; ':T1': both. So GPT-2's k is the second third of h.#.attn.c_attn, transposed.
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
 stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
@@ -501,9 +501,9 @@ blocks.#.mlp.gate   -                      layers.#.mlp.gate_proj               
 blocks.#.mlp.down   h.#.mlp.c_proj:T       layers.#.mlp.down_proj               decoder.blocks.#.mlp.down_proj
 norm                ln_f                   norm                                 decoder.norm
 """)
-# (part, {ours: theirs}). A layout applies if the file has its last row's .weight, such as ln_f.weight
-LAYOUTS = [('vision', names) for names in VISION_NAMES.values()]
-LAYOUTS += [('decoder', names) for names in TEXT_NAMES.values()] + [('projection', {'proj': 'MP.proj'})]
+# (part of the model, {ours: theirs}); used if the file has the last row's weight, such as ln_f.weight
+LAYOUTS = [('vision', table) for table in VISION_NAMES.values()]
+LAYOUTS += [('decoder', table) for table in TEXT_NAMES.values()] + [('projection', {'proj': 'MP.proj'})]
 PREFIX = r'^(transformer|vision_model|model)\.'  # some files put it before each name
 # ignored tensors: SigLIP's text half, scale, bias and pooling head, GPT-2's masks, RoPE tables
 UNUSED = r'text_model\..*|logit_\w+|head\..*|.*\.attn\.(masked_)?bias|.*inv_freq'
@@ -566,15 +566,15 @@ def read_json(path):
         raise UserError(f'{path} cannot be read as a JSON object ({e})') from e
 
 def read_config(name):
-    """The VLMConfig fields of a published model: from its config.json, or set here if that omits them."""
+    """The VLMConfig fields of a published model, its defaults included, as they replace a preset's."""
     image_fields = dict(encoder='vit', stem='patch', image_size=224, patch_size=16)
     image_fields |= dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
     if name in ('resnet18', 'resnet50'):
         image_fields |= dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
         return image_fields | dict(encoder=name, patch_size=32)
     path = fetch(name, 'config.json')
-    config = read_json(path)
-    kind = str(config.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # SigLIP without text
+    config = dict(rms_norm_eps=1e-6) | read_json(path)  # a Llama's in transformers, if not written
+    kind = str(config.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # SigLIP's vision half
     check(kind in SUPPORTED, f'{path}: model_type={kind} must be one of {", ".join(SUPPORTED)}')
     config |= config.get('vision_config') or {}  # in a full SigLIP's config
     config |= config.get('rope_parameters') or {}  # in a newer Llama's
@@ -617,18 +617,18 @@ def load_weights(model, path):
     """Loads each part of the model that the file covers; leaves the others as they are."""
     tensors = {re.sub(PREFIX, '', name): x for name, x in read_safetensors(path).items()}
     heads = [tensors.pop(name) for name in ('lm_head.weight', 'decoder.head.weight') if name in tensors]
-    if heads and 'decoder.norm.weight' in tensors:  # nanoVLM may store only the head
+    if heads and 'decoder.norm.weight' in tensors:  # nanoVLM may store the tied matrix as head only
         tensors.setdefault('decoder.token_embedding.weight', heads[0])
     used = set()
-    for part, names in LAYOUTS:
-        if list(names.values())[-1] + '.weight' not in tensors:  # see LAYOUTS
+    for part, table in LAYOUTS:
+        if list(table.values())[-1] + '.weight' not in tensors:  # see LAYOUTS
             continue
         for name, parameter in getattr(model, part).named_parameters():
             # for example transformer.blocks.3.attn.k.weight, from a GPT-2 file:
             number = name.partition('blocks.')[2].partition('.')[0]  # '3'; '' outside the blocks
             row = name.removeprefix('transformer.').replace(f'blocks.{number}.', 'blocks.#.')
             row, suffix = os.path.splitext(row)  # 'blocks.#.attn.k', '.weight'; '' for positions
-            theirs, _, how = names.get(row, '-').partition(':')  # 'h.#.attn.c_attn', '', 'T1'
+            theirs, _, how = table.get(row, '-').partition(':')  # 'h.#.attn.c_attn', '', 'T1'
             theirs = theirs.replace('#', number) + suffix  # 'h.3.attn.c_attn.weight'
             check(theirs in tensors, f'{path} has no tensor for {part}.{name} ({theirs})')
             tensor = tensors[theirs]
@@ -687,8 +687,8 @@ PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 class Tokenizer:
-    """Byte-level BPE: text <-> ids. tiktoken always merges the pair whose result has the lowest id.
-    tokens: {token: id}; a token is a string with a character chr(byte) for each byte (latin-1)."""
+    """Byte-level BPE: text <-> ids. Lower ids merge first, as in tiktoken.
+    tokens: {token: id}; a token is a string of one character chr(byte) per byte (latin-1)."""
     def __init__(self, name, tokens, special, pieces=PIECES):
         self.state = dict(name=name, tokens=tokens, special=special, pieces=pieces)
         self.name = name
@@ -728,7 +728,7 @@ class Tokenizer:
         for step in steps:
             for key, value in supported.items():
                 check(step.get(key, value) == value, f'{path}: unsupported pre-tokenizer ({key})')
-        # tiktoken merges the lowest id first, so ids must rise in merge order; -1 (no token) is below the 0
+        # lower ids merge first, so ids must rise in merge order; a -1 (no such token) after the 0 fails
         joined = [m.replace(' ', '') if isinstance(m, str) else ''.join(m) for m in model['merges']]
         ids = [0] + [model['vocab'].get(token, -1) for token in joined]
         check(END in special and ids == sorted(ids), f'{path}: no {END}, or ids not in merge order')
@@ -739,11 +739,11 @@ class Tokenizer:
 
 def learn_bpe(texts, n_tokens):
     """BPE (arXiv 1508.07909): repeatedly joins the most frequent pair of adjacent tokens into a new one."""
-    # PIECES as well as re can: it has no \p{L} and \p{N}, so here '½' counts as a letter
+    # PIECES, approximated: re has no \p{L} and \p{N}, so here '½' counts as a letter
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?=\d)|\s+(?!\S)|\s+"
     pieces = Counter(piece for text in texts for piece in re.findall(pattern, text))
     counts = list(pieces.values())  # how often each piece occurs in the texts
-    # pieces as bracketed tokens, at first one per byte: ‹c›‹a›‹t›. No token has a ‹ or ›: not latin-1
+    # pieces as bracketed tokens, at first one per byte: ‹c›‹a›‹t›. Tokens are latin-1: no ‹ or › in them
     words = [''.join(f'‹{chr(b)}›' for b in piece.encode('utf-8', 'replace')) for piece in pieces]
     pairs = Counter()  # (left, right) -> how often they are neighbors in the texts
     def add_pairs(word, n):
@@ -757,7 +757,7 @@ def learn_bpe(texts, n_tokens):
         (left, right), most = pairs.most_common(1)[0]
         if most < 2:
             break
-        tokens[left + right] = len(tokens)  # not one yet: equal bytes always split alike
+        tokens[left + right] = len(tokens)  # a new one: an old one would be joined here already
         apart, joined = f'‹{left}›‹{right}›', f'‹{left}{right}›'
         for i, word in enumerate(words):
             if apart in word:
@@ -781,7 +781,7 @@ def to_rgb(image):
     image.load()  # decode now: the suppress() below would hide a broken file
     with contextlib.suppress(Exception):  # ignore broken EXIF data
         image = ImageOps.exif_transpose(image)
-    if image.mode[0] in 'IF':  # over 8 bits, or floats: the maximum tells which value is white
+    if image.mode[0] in 'IF':  # over 8 bits, or floats: white is the first of these >= the maximum
         image = image.convert('F')
         high = image.getextrema()[1]
         white = next((w for w in (1, 255, 65535) if w >= high), high)  # floats, 8 bits, 16 bits
@@ -799,7 +799,7 @@ def encode_prompt(tokenizer, cfg, prompt):
     if not prompt:
         return [tokenizer.end]
     ids = tokenizer.encode(cfg.prompt_template.replace('{}', prompt))
-    return ids[-((cfg.block_size - cfg.n_visual) // 2) :]  # at most half the room: drops the start
+    return ids[-((cfg.block_size - cfg.n_visual) // 2) :]  # the end, in at most half of the text's room
 
 def encode_answer(tokenizer, cfg, answer):
     return tokenizer.encode(cfg.answer_prefix + answer.strip()) + [tokenizer.end]
