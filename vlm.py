@@ -363,8 +363,8 @@ class MinimalVLM(nn.Module):
             for block in stack.blocks:
                 for layer in (block.attn.out, block.mlp.down):  # these add to the residual stream
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
-        # q and k start as one random W, so W^T W is about 0.5 I and q.k, summed over heads, about 0.5 x.y:
-        # tokens first attend to similar ones (arXiv 2305.09828), and small models learn words sooner.
+        # q and k start as one random W: q.k = x^T W^T W y, summed over heads, is about 0.7^2 x.y. So tokens
+        # first attend to similar ones (arXiv 2305.09828), and small models learn words sooner.
         for attn in [*self.vision.modules(), *self.decoder.modules()]:  # not the Perceiver
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
                 nn.init.normal_(attn.k.weight, std=0.7 / math.sqrt(attn.k.in_features))
@@ -422,7 +422,7 @@ class MinimalVLM(nn.Module):
 
     @torch.inference_mode()
     def score(self, image, prompt, choices):
-        """Log-probabilities (n,) of choices, encode_answer's ids as tensors. image (3,P,P), prompt (T,)"""
+        """Log-probabilities (n,) of n choices (1-D ids, see encode_answer). image (3,P,P), prompt (T,)"""
         answers = nn.utils.rnn.pad_sequence(choices, batch_first=True, padding_value=-100)  # (n,A)
         ids = torch.cat([prompt.expand(len(choices), -1), answers.clamp(min=0)], dim=1)  # (n,T+A)
         logits, _ = self(image[None], ids[:, :-1])  # (n,T+A-1,V): each predicts the next token
@@ -501,7 +501,7 @@ blocks.#.mlp.gate   -                      layers.#.mlp.gate_proj               
 blocks.#.mlp.down   h.#.mlp.c_proj:T       layers.#.mlp.down_proj               decoder.blocks.#.mlp.down_proj
 norm                ln_f                   norm                                 decoder.norm
 """)
-# (part of the model, {ours: theirs}); used if the file has the last row's weight, such as ln_f.weight
+# pairs (part, {ours: theirs}); one applies if its last row's weight, such as ln_f.weight, is in the file
 LAYOUTS = [('vision', table) for table in VISION_NAMES.values()]
 LAYOUTS += [('decoder', table) for table in TEXT_NAMES.values()] + [('projection', {'proj': 'MP.proj'})]
 PREFIX = r'^(transformer|vision_model|model)\.'  # some files put it before each name
@@ -566,14 +566,14 @@ def read_json(path):
         raise UserError(f'{path} cannot be read as a JSON object ({e})') from e
 
 def read_config(name):
-    """The VLMConfig fields of a published model, its defaults included, as they replace a preset's."""
+    """The VLMConfig fields a published model sets, even to a default: train.py lays them over a preset."""
     image_fields = dict(encoder='vit', stem='patch', image_size=224, patch_size=16)
     image_fields |= dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
     if name in ('resnet18', 'resnet50'):
         image_fields |= dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
         return image_fields | dict(encoder=name, patch_size=32)
     path = fetch(name, 'config.json')
-    config = dict(rms_norm_eps=1e-6) | read_json(path)  # a Llama's in transformers, if not written
+    config = dict(rms_norm_eps=1e-6) | read_json(path)  # transformers' default for a Llama
     kind = str(config.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # SigLIP's vision half
     check(kind in SUPPORTED, f'{path}: model_type={kind} must be one of {", ".join(SUPPORTED)}')
     config |= config.get('vision_config') or {}  # in a full SigLIP's config
@@ -621,7 +621,7 @@ def load_weights(model, path):
         tensors.setdefault('decoder.token_embedding.weight', heads[0])
     used = set()
     for part, table in LAYOUTS:
-        if list(table.values())[-1] + '.weight' not in tensors:  # see LAYOUTS
+        if list(table.values())[-1] + '.weight' not in tensors:  # the file does not cover part
             continue
         for name, parameter in getattr(model, part).named_parameters():
             # for example transformer.blocks.3.attn.k.weight, from a GPT-2 file:
@@ -728,7 +728,7 @@ class Tokenizer:
         for step in steps:
             for key, value in supported.items():
                 check(step.get(key, value) == value, f'{path}: unsupported pre-tokenizer ({key})')
-        # lower ids merge first, so ids must rise in merge order; a -1 (no such token) after the 0 fails
+        # lower ids merge first, so ids must rise in merge order (-1, no such token, fails after the first 0)
         joined = [m.replace(' ', '') if isinstance(m, str) else ''.join(m) for m in model['merges']]
         ids = [0] + [model['vocab'].get(token, -1) for token in joined]
         check(END in special and ids == sorted(ids), f'{path}: no {END}, or ids not in merge order')
@@ -757,7 +757,7 @@ def learn_bpe(texts, n_tokens):
         (left, right), most = pairs.most_common(1)[0]
         if most < 2:
             break
-        tokens[left + right] = len(tokens)  # a new one: an old one would be joined here already
+        tokens[left + right] = len(tokens)  # never in tokens: its bytes would be one token by now
         apart, joined = f'‹{left}›‹{right}›', f'‹{left}{right}›'
         for i, word in enumerate(words):
             if apart in word:
@@ -781,7 +781,7 @@ def to_rgb(image):
     image.load()  # decode now: the suppress() below would hide a broken file
     with contextlib.suppress(Exception):  # ignore broken EXIF data
         image = ImageOps.exif_transpose(image)
-    if image.mode[0] in 'IF':  # over 8 bits, or floats: white is the first of these >= the maximum
+    if image.mode[0] in 'IF':  # over 8 bits, or floats: their white is guessed from the maximum
         image = image.convert('F')
         high = image.getextrema()[1]
         white = next((w for w in (1, 255, 65535) if w >= high), high)  # floats, 8 bits, 16 bits
