@@ -288,7 +288,7 @@ def pixel_shuffle(x, f):
     return x.reshape(B, g * g, f * f * C)
 
 class MultimodalProjection(nn.Module):
-    # to add one: list it in VLMConfig.projection, count its tokens there (n_visual), build and call it here
+    # to add one: list it in VLMConfig.projection, count its tokens there (factor or n_visual), build and call it here
     def __init__(self, cfg, n_embd):  # n_embd: the encoder's width
         super().__init__()
         self.kind, self.factor = cfg.projection, cfg.factor
@@ -353,7 +353,7 @@ class MinimalVLM(nn.Module):
         self.decoder = LanguageDecoder(cfg)
         self.init_weights()
     def init_weights(self):
-        """Linear layers and embeddings as in GPT-2, but q and k of self-attention start equal."""
+        """Linear layers and embeddings as in GPT-2, but self-attention's q and k, if equally large, start equal."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -363,8 +363,8 @@ class MinimalVLM(nn.Module):
             for block in stack.blocks:
                 for layer in (block.attn.out, block.mlp.down):  # these add to the residual stream
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
-        # q and k start as one random W: q.k = x^T W^T W y, summed over heads, is about 0.7^2 x.y. So tokens
-        # first attend to similar ones (arXiv 2305.09828), and small models learn words sooner.
+        # q and k start as one random W with W^T W about 0.49 I: q.k, over all heads, is about 0.49 x.y. So
+        # tokens first attend to similar ones (arXiv 2305.09828), and small models learn words sooner.
         for attn in [*self.vision.modules(), *self.decoder.modules()]:  # not the Perceiver
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
                 nn.init.normal_(attn.k.weight, std=0.7 / math.sqrt(attn.k.in_features))
@@ -439,7 +439,7 @@ class MinimalVLM(nn.Module):
             published |= read_config(name)
         model = cls(cfg or VLMConfig(**published))
         for name in names:
-            if name in ('resnet18', 'resnet50'):
+            if name.startswith('resnet'):
                 check(model.cfg.encoder == name, f'{name} needs encoder={name}')
                 model.vision = ResNetEncoder(model.cfg, weights='DEFAULT')
             else:
@@ -469,9 +469,9 @@ def read_table(text):
     ours, *columns = zip(*[line.split() for line in text.strip().splitlines()])  # rows to columns
     return {column[0]: dict(zip(ours[1:], column[1:])) for column in columns}
 
-# Our layers and their names in public files ('#': block number, '-': none). load_weights adds .weight or
-# .bias (not to position_embedding). ':T' means: transpose the weight; ':0', ':1', ':2': take a third of one
-# matrix for q, k and v; ':T1': both. So GPT-2's k is the second third of h.#.attn.c_attn, transposed.
+# Our layer names and a public file's ('#': block number, '-': none). load_weights adds .weight or .bias; only
+# position_embedding is a full name. After ':', T: transpose the weight; 0, 1, 2: the q, k or v third of one
+# matrix; T1: both. So GPT-2's k is the second third of h.#.attn.c_attn, transposed.
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
 stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
@@ -501,7 +501,7 @@ blocks.#.mlp.gate   -                      layers.#.mlp.gate_proj               
 blocks.#.mlp.down   h.#.mlp.c_proj:T       layers.#.mlp.down_proj               decoder.blocks.#.mlp.down_proj
 norm                ln_f                   norm                                 decoder.norm
 """)
-# pairs (part, {ours: theirs}); one applies if its last row's weight, such as ln_f.weight, is in the file
+# (part, table): a file covers the part if it has the weight of the table's last row, such as ln_f.weight
 LAYOUTS = [('vision', table) for table in VISION_NAMES.values()]
 LAYOUTS += [('decoder', table) for table in TEXT_NAMES.values()] + [('projection', {'proj': 'MP.proj'})]
 PREFIX = r'^(transformer|vision_model|model)\.'  # some files put it before each name
@@ -566,10 +566,10 @@ def read_json(path):
         raise UserError(f'{path} cannot be read as a JSON object ({e})') from e
 
 def read_config(name):
-    """The VLMConfig fields a published model sets, even to a default: train.py lays them over a preset."""
+    """A published model's VLMConfig fields, defaults too: train.py puts them in place of a preset's."""
     image_fields = dict(encoder='vit', stem='patch', image_size=224, patch_size=16)
     image_fields |= dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
-    if name in ('resnet18', 'resnet50'):
+    if name.startswith('resnet'):
         image_fields |= dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
         return image_fields | dict(encoder=name, patch_size=32)
     path = fetch(name, 'config.json')
@@ -688,7 +688,7 @@ GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!
 
 class Tokenizer:
     """Byte-level BPE: text <-> ids. Lower ids merge first, as in tiktoken.
-    tokens: {token: id}; a token is a string of one character chr(byte) per byte (latin-1)."""
+    tokens: {token: id}; a token is its bytes read as latin-1: one character, chr(byte), per byte."""
     def __init__(self, name, tokens, special, pieces=PIECES):
         self.state = dict(name=name, tokens=tokens, special=special, pieces=pieces)
         self.name = name
@@ -728,7 +728,7 @@ class Tokenizer:
         for step in steps:
             for key, value in supported.items():
                 check(step.get(key, value) == value, f'{path}: unsupported pre-tokenizer ({key})')
-        # lower ids merge first, so ids must rise in merge order (-1, no such token, fails after the first 0)
+        # ids must rise in merge order, since lower ids merge first; a missing token (-1) breaks it, too
         joined = [m.replace(' ', '') if isinstance(m, str) else ''.join(m) for m in model['merges']]
         ids = [0] + [model['vocab'].get(token, -1) for token in joined]
         check(END in special and ids == sorted(ids), f'{path}: no {END}, or ids not in merge order')
@@ -757,7 +757,7 @@ def learn_bpe(texts, n_tokens):
         (left, right), most = pairs.most_common(1)[0]
         if most < 2:
             break
-        tokens[left + right] = len(tokens)  # never in tokens: its bytes would be one token by now
+        tokens[left + right] = len(tokens)  # always new: else its bytes would be one token already
         apart, joined = f'‹{left}›‹{right}›', f'‹{left}{right}›'
         for i, word in enumerate(words):
             if apart in word:
@@ -799,7 +799,7 @@ def encode_prompt(tokenizer, cfg, prompt):
     if not prompt:
         return [tokenizer.end]
     ids = tokenizer.encode(cfg.prompt_template.replace('{}', prompt))
-    return ids[-((cfg.block_size - cfg.n_visual) // 2) :]  # the end, in at most half of the text's room
+    return ids[-((cfg.block_size - cfg.n_visual) // 2) :]  # the last ids, within half the text room
 
 def encode_answer(tokenizer, cfg, answer):
     return tokenizer.encode(cfg.answer_prefix + answer.strip()) + [tokenizer.end]
