@@ -288,7 +288,7 @@ def pixel_shuffle(x, f):
     return x.reshape(B, g * g, f * f * C)
 
 class MultimodalProjection(nn.Module):
-    # to add one: list it in VLMConfig.projection, count its tokens there (factor or n_visual), build and call it here
+    # to add one: list it in VLMConfig.projection, count its tokens (factor or n_visual), build and call it
     def __init__(self, cfg, n_embd):  # n_embd: the encoder's width
         super().__init__()
         self.kind, self.factor = cfg.projection, cfg.factor
@@ -353,7 +353,7 @@ class MinimalVLM(nn.Module):
         self.decoder = LanguageDecoder(cfg)
         self.init_weights()
     def init_weights(self):
-        """Linear layers and embeddings as in GPT-2, but self-attention's q and k, if equally large, start equal."""
+        """As in GPT-2, except that q and k of self-attention start equal where their shapes allow it."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -363,7 +363,7 @@ class MinimalVLM(nn.Module):
             for block in stack.blocks:
                 for layer in (block.attn.out, block.mlp.down):  # these add to the residual stream
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
-        # q and k start as one random W with W^T W about 0.49 I: q.k, over all heads, is about 0.49 x.y. So
+        # q and k start as one W, W^T W about 0.49 I: (Wx).(Wy), over all heads, is about 0.49 x.y. So
         # tokens first attend to similar ones (arXiv 2305.09828), and small models learn words sooner.
         for attn in [*self.vision.modules(), *self.decoder.modules()]:  # not the Perceiver
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
@@ -465,13 +465,13 @@ def sample_top_p(logits, p=1.0, temperature=1.0, top_k=0):
 
 # 8. Public weights and checkpoints --------------------------------------------------------------------
 def read_table(text):
-    """The table as {header: {ours: theirs}}: VISION_NAMES['SigLIP']['norm'] is 'post_layernorm'."""
+    """The columns as {header: {ours: theirs}}: VISION_NAMES['SigLIP']['norm'] is 'post_layernorm'."""
     ours, *columns = zip(*[line.split() for line in text.strip().splitlines()])  # rows to columns
     return {column[0]: dict(zip(ours[1:], column[1:])) for column in columns}
 
-# Our layer names and a public file's ('#': block number, '-': none). load_weights adds .weight or .bias; only
-# position_embedding is a full name. After ':', T: transpose the weight; 0, 1, 2: the q, k or v third of one
-# matrix; T1: both. So GPT-2's k is the second third of h.#.attn.c_attn, transposed.
+# Our layer names and a public file's: '#' is the block number, '-' means none. load_weights adds .weight or
+# .bias, except to position_embedding. ':T' transposes the weight; ':0', ':1' and ':2' take the q, k and v
+# third of one matrix; ':T1' does both: GPT-2's k is the second third of h.#.attn.c_attn, transposed.
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
 stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
@@ -501,7 +501,7 @@ blocks.#.mlp.gate   -                      layers.#.mlp.gate_proj               
 blocks.#.mlp.down   h.#.mlp.c_proj:T       layers.#.mlp.down_proj               decoder.blocks.#.mlp.down_proj
 norm                ln_f                   norm                                 decoder.norm
 """)
-# (part, table): a file covers the part if it has the weight of the table's last row, such as ln_f.weight
+# (part, table): a file with the weight of a table's last row covers the part. MP: nanoVLM's projection
 LAYOUTS = [('vision', table) for table in VISION_NAMES.values()]
 LAYOUTS += [('decoder', table) for table in TEXT_NAMES.values()] + [('projection', {'proj': 'MP.proj'})]
 PREFIX = r'^(transformer|vision_model|model)\.'  # some files put it before each name
@@ -566,7 +566,7 @@ def read_json(path):
         raise UserError(f'{path} cannot be read as a JSON object ({e})') from e
 
 def read_config(name):
-    """A published model's VLMConfig fields, defaults too: train.py puts them in place of a preset's."""
+    """VLMConfig fields of a published model, even those equal to a default: they override a preset."""
     image_fields = dict(encoder='vit', stem='patch', image_size=224, patch_size=16)
     image_fields |= dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
     if name.startswith('resnet'):
@@ -628,7 +628,7 @@ def load_weights(model, path):
             number = name.partition('blocks.')[2].partition('.')[0]  # '3'; '' outside the blocks
             row = name.removeprefix('transformer.').replace(f'blocks.{number}.', 'blocks.#.')
             row, suffix = os.path.splitext(row)  # 'blocks.#.attn.k', '.weight'; '' for positions
-            theirs, _, how = table.get(row, '-').partition(':')  # 'h.#.attn.c_attn', '', 'T1'
+            theirs, _, how = table.get(row, '-').partition(':')  # 'h.#.attn.c_attn', ':', 'T1'
             theirs = theirs.replace('#', number) + suffix  # 'h.3.attn.c_attn.weight'
             check(theirs in tensors, f'{path} has no tensor for {part}.{name} ({theirs})')
             tensor = tensors[theirs]
@@ -728,7 +728,7 @@ class Tokenizer:
         for step in steps:
             for key, value in supported.items():
                 check(step.get(key, value) == value, f'{path}: unsupported pre-tokenizer ({key})')
-        # ids must rise in merge order, since lower ids merge first; a missing token (-1) breaks it, too
+        # lower ids merge first, so ids must rise in merge order; a missing token is -1, below the leading 0
         joined = [m.replace(' ', '') if isinstance(m, str) else ''.join(m) for m in model['merges']]
         ids = [0] + [model['vocab'].get(token, -1) for token in joined]
         check(END in special and ids == sorted(ids), f'{path}: no {END}, or ids not in merge order')
@@ -757,7 +757,7 @@ def learn_bpe(texts, n_tokens):
         (left, right), most = pairs.most_common(1)[0]
         if most < 2:
             break
-        tokens[left + right] = len(tokens)  # always new: else its bytes would be one token already
+        tokens[left + right] = len(tokens)  # new: were it a token, all such pairs would be merged
         apart, joined = f'‹{left}›‹{right}›', f'‹{left}{right}›'
         for i, word in enumerate(words):
             if apart in word:
