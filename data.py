@@ -118,7 +118,7 @@ def ask_existence(scene, rng, pairs):
     here = sorted({(t.color, t.shape) for t in scene})
     for pair in rng.sample(here, min(2, len(here))):
         absent = [p for p in pairs if p not in here and {*p} & {*pair}]
-        # weight 4 for the hardest: its color and its shape are both there, but in different things
+        # the hardest, three more times: its color and its shape are there, but in different things
         absent += 3 * [p for p in absent if {*p} <= {*itertools.chain(*here)}]
         if absent:
             for (color, shape), answer in [(pair, 'yes'), (rng.choice(absent), 'no')]:
@@ -191,15 +191,12 @@ def table_rows(lines):
     def looks_like_a_row(line):
         values = next(csv.reader([line], **style), [])
         return len(values) >= len(names) and is_picture(values[image_columns[0]].strip())
-    def remaining_lines():  # csv takes as many as one row has
-        nonlocal n_read
-        while n_read < len(lines):
-            n_read += 1
-            yield lines[n_read - 1]
     while n_read < len(lines):  # a row may span several: lines[start:n_read]
         start = n_read
         try:
-            values = next(csv.reader(remaining_lines(), **style))
+            reader = csv.reader(map(lines.__getitem__, range(start, len(lines))), **style)
+            values = next(reader)
+            n_read = start + reader.line_num  # csv takes as many lines as one row has
             while len(values) > len(names) and not values[-1].strip():
                 values.pop()  # Excel pads rows with empty values
             row = dict(zip(names, values))
@@ -211,7 +208,7 @@ def table_rows(lines):
         except csv.Error as e:
             row = ValueError(e)
             n_read = start + 1
-        if ''.join(lines[start:n_read]).strip():  # skip empty lines
+        if ''.join(lines[start:n_read]).strip(' \t\r\n,;|'):  # skip empty rows
             yield f'line {start + 1}', row
 
 def read_folder(path):
@@ -221,7 +218,7 @@ def read_folder(path):
         if os.path.isfile(os.path.join(path, name)):
             yield from read_rows(os.path.join(path, name))
             return
-    first_path = {}  # to the same file: a link must not be trained on while its target is held out
+    first_path = {}  # photo -> first path to its file: links share it, so they are not held out apart
     by_real_path = {}
     tables = []
     seen = set()
@@ -426,7 +423,10 @@ def open_table(path, pictures, prompt):
     columns = ['image', 'prompt', 'answer'] if prompt else ['image', 'caption']
     check(path.endswith('.csv'), f'save={path} must end in .csv')
     def key(picture):  # its row without the answer
-        name = os.path.relpath(picture, folder)
+        try:
+            name = os.path.relpath(picture, folder)
+        except ValueError:  # on another drive of Windows
+            name = os.path.abspath(picture)
         if os.path.realpath(os.path.join(folder, name)) != os.path.realpath(picture):
             name = os.path.relpath(picture, os.path.realpath(folder))  # folder is behind a link
         return (name, prompt) if prompt else (name,)

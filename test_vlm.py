@@ -3613,6 +3613,13 @@ def test_a_coco_image_without_a_file_name_costs_only_its_own_captions(tmp_path, 
 
     assert {*read_items(tmp_path / 'a.json')} == {0, 1}
 
+def test_empty_rows_at_the_end_of_a_table_are_not_counted_as_broken(tmp_path, settings, capfd):
+    make_photos(tmp_path, 1)
+    (tmp_path / 'a.csv').write_text('image,caption,remarks\n0.png,x,\n,,\n, ,\n')
+
+    assert read_items(tmp_path / 'a.csv') == {0: [('', 'x')]}
+    assert 'skipped' not in capfd.readouterr().err
+
 def test_a_video_is_no_photo(tmp_path, settings):
     make_photos(tmp_path / 'dog', 1)
     (tmp_path / 'dog/clip.mpg').write_bytes(b'\x00\x00\x01\xb3')
@@ -3883,9 +3890,12 @@ runpy.run_path({str(HERE / 'train.py')!r}, run_name='__main__')
     said = 'train.py: a data loading process died, perhaps out of memory: try --num_workers=0\n'
     assert result.stderr == said
 
-def test_a_gpu_without_enough_memory_ends_the_run_in_one_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize('raised', [
+    torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'),
+    RuntimeError('MPS backend out of memory (MPS allocated: 9.0 GB, other allocations: 1.0 GB)')])
+def test_a_gpu_without_enough_memory_ends_the_run_in_one_line(tmp_path, monkeypatch, raised):
     def fail(seed):
-        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')
+        raise raised
     monkeypatch.setattr(torch, 'manual_seed', fail)
     monkeypatch.setattr(signal, 'signal', do_nothing)
     monkeypatch.setattr(sys, 'argv', ['train.py', f'--out_dir={tmp_path}/out', '--device=cpu'])
@@ -4024,6 +4034,30 @@ def test_texts_of_an_image_that_do_not_fit_together_are_counted(settings, capfd)
     said = capfd.readouterr().out
     assert said.startswith('1 of 2 images have more texts than fit a sequence')
     assert f'in a new run, set --block_size={TINY.n_visual + room}' in said
+
+@pytest.mark.parametrize('dataset, where, expected', [
+    ('shapes', 'cpu', 0), ('shapes', 'mps', 0), ('shapes', 'cuda', 3), ('photos', 'mps', 3)])
+def test_scenes_are_drawn_by_workers_only_for_a_fast_gpu(settings, monkeypatch, dataset, where, expected):
+    class NoBatches:
+        __iter__ = _shutdown_workers = lambda self: self
+        __next__ = mock.Mock(side_effect=StopIteration)
+    monkeypatch.setattr(torch.utils.data, 'DataLoader', loader := mock.Mock(return_value=NoBatches()))
+    monkeypatch.setattr(os, 'cpu_count', lambda: 3)
+    train.dataset, train.num_workers, train.batch_size = dataset, -1, 1
+
+    list(train.load(mock.Mock(cfg=TINY), range(1), torch.device(where)))
+
+    assert loader.call_args[1]['num_workers'] == expected
+
+def test_the_same_images_are_held_out_on_windows(settings, monkeypatch):
+    def held_out(sep):
+        texts = {f'cats{sep}{i}.jpg': [('', 'x')] for i in range(100)}
+        monkeypatch.setattr(train, 'find_images', lambda *paths: (texts, ''))
+        monkeypatch.setattr(os, 'sep', sep)
+        return {name.replace(sep, '/') for name in train.make_datasets()[1].names}
+    train.dataset = 'photos'
+
+    assert held_out('/') == held_out('\\')
 
 def test_batches_are_whole_even_if_they_do_not_divide_the_images(settings):
     """A smaller last one might leave a process without an image."""
@@ -4578,13 +4612,11 @@ def test_with_images_swapped_every_text_has_the_image_of_another(settings, monke
     assert not any(torch.equal(own, swapped) for own, swapped in zip(*seen))
 
 def test_the_page_of_samples_shows_held_out_scenes(tmp_path, settings):
-    train.batch_size, train.eval_iters, train.eval_samples = 2, 1, 0
-    cfg = replace(TINY, block_size=40)
-    batches = train.Batches(data.Shapes('val', train.seed), cfg, BYTES)
+    train.override(vars(train), [])
 
-    train.evaluate(build(cfg), batches, 0, False, torch.device('cpu'))
+    train.main([f'--out_dir={tmp_path}/out', *QUICK, '--max_iters=0'])
 
-    page = Image.open(tmp_path / 'samples.png')
+    page = Image.open(tmp_path / 'out/samples.png')
     for n, i in enumerate(random.Random(1337).sample(range(100000), 6)):
         scene = data.Shapes('val', train.seed)[i][0].resize((8, 8), Image.Resampling.BOX)
         x, y = 320 * (n % 3) + 4, page.height // 2 * (n // 3) + 4
@@ -4759,7 +4791,7 @@ def test_fine_tuning_starts_at_step_0_with_weights_and_tokenizer_of_a_file(tmp_p
 @pytest.mark.parametrize('option', ['tokenizer=bpe', 'vocab_size=300', 'image_size=32', 'block_size=90',
                                     'projection=mlp', 'dropout=0', 'preset=small'])
 def test_what_a_file_fixes_cannot_be_changed_in_fine_tuning(tmp_path, start, run, option):
-    with pytest.raises(UserError, match='start.pt sets preset, tokenizer, sizes') as error:
+    with pytest.raises(UserError, match='start.pt fixes preset, tokenizer, sizes') as error:
         run(*QUICK, '--tokenizer=', f'--init_from={tmp_path}/start.pt', f'--{option}')
 
     assert_one_line(error)
@@ -4880,7 +4912,7 @@ def test_a_run_that_is_stopped_ends_after_a_step_and_saves(tmp_path, name, alone
                 process.stderr.close()
             os.killpg(process.pid, getattr(signal, name))
 
-    assert alone or process.stderr.read() == 'stopping soon; a second signal stops at once\n'
+    assert alone or process.stderr.read() == 'stopping after this step; a second signal stops at once\n'
     assert process.wait() == 0
     step = load_checkpoint(f'{tmp_path}/out/ckpt.pt')[2]['step']
     assert 2 <= step == int(re.match(r'stopped at step (\d+)', line)[1]) < 99999
@@ -5084,6 +5116,16 @@ def test_every_row_of_the_log_counts_the_same_items(tmp_path, run, monkeypatch):
     rows = [row['exact'] for row in read_log(tmp_path / 'out') if row['exact']]
     assert rows == ['0.2500', '0.2500']
 
+def test_losses_are_logged_even_if_the_samples_cannot_be_drawn(tmp_path, run, monkeypatch, capfd):
+    def fail(*arguments):
+        raise PermissionError('samples.png is open elsewhere')
+    monkeypatch.setattr(train, 'draw_samples', fail)
+
+    run(*QUICK, *SMALL, '--max_iters=1')
+
+    assert [row['val_loss'] != '' for row in read_log(tmp_path / 'out')][-1:] == [True]
+    assert 'the evaluation failed: samples.png is open elsewhere' in capfd.readouterr().out
+
 def test_a_run_survives_held_out_images_that_cannot_be_read(tmp_path, run, capfd):
     make_photos(tmp_path / 'photos/dog', 9)
     (tmp_path / 'others/dog').mkdir(parents=True)
@@ -5092,7 +5134,7 @@ def test_a_run_survives_held_out_images_that_cannot_be_read(tmp_path, run, capfd
     end = run(*QUICK, f'--dataset={tmp_path}/photos', f'--val_dataset={tmp_path}/others')
 
     assert end['step'] == 2
-    assert 'step 2: not evaluated: none of the 1 images in ' in capfd.readouterr().out
+    assert 'step 2: the evaluation failed: none of the 1 images in ' in capfd.readouterr().out
 
 def test_texts_of_drawn_scenes_that_are_cut_are_reported(run, capfd):
     run(*QUICK, '--tokenizer=bytes', '--eval_samples=0')
@@ -5111,7 +5153,7 @@ def test_the_command_at_the_end_asks_what_was_learned(tmp_path, run, capfd):
     ('--init_from=pretrained', 'init_from=pretrained needs --preset=base or nanovlm'),
     ('--grad_clip=-1', 'grad_clip=-1.0 must be at least 0'),
     ('--eval_only', 'eval_only needs init_from=resume'),
-    ('--augment', 'augment would make the texts of shapes wrong'),
+    ('--augment', 'augment makes the texts of shapes wrong'),
     ('--augment --init_from=resume', 'no checkpoint at'),  # which may be of a run on photos
     ('--out_dir=/dev/null/out', 'out_dir=/dev/null/out cannot be created'),
 ])
@@ -6664,6 +6706,17 @@ def test_a_picture_below_a_tilde_may_have_a_comma_in_its_name(folder, monkeypatc
     os.rename(folder / 'a.png', folder / 'a,c.png')
 
     assert data.find_pictures('~/a,c.png') == [f'{folder}/a,c.png']
+
+def test_pictures_on_another_drive_are_saved_with_their_whole_path(folder, monkeypatch):
+    """Windows has no relative path between drives."""
+    def fail(*paths):
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+    monkeypatch.setattr(os.path, 'relpath', fail)
+
+    append, left = data.open_table(f'{folder}/c.csv', [f'{folder}/a.png'], '')
+    append(left[0], 'red')
+
+    assert (folder / 'c.csv').read_text() == f'image,caption\n{folder}/a.png,red\n'
 
 def test_a_question_is_saved_with_its_capitals(folder, talk):
     arguments = [f'--out_dir={folder}', f'--image={folder}/b.png', f'--save={folder}/c.csv',

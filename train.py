@@ -69,7 +69,7 @@ def find_device(device, dtype):
             torch.cuda.set_device(where.index or int(os.environ.get('LOCAL_RANK', 0)))
         torch.empty(1, device=where)
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f'device={device} does not work ({str(e)[:60]!r}); PyTorch finds {found}') from e
+        raise UserError(f'device={device} does not work ({str(e)[:60]!r}); PyTorch found: {found}') from e
     if dtype == 'auto':
         dtype = 'float32'
         if where.type == 'cuda':
@@ -81,7 +81,7 @@ def find_device(device, dtype):
 
 def check_compiler():
     compilers = [os.environ.get('CXX') or 'g++', 'clang++', 'cl']
-    check(any(map(shutil.which, compilers)), 'compile needs a C++ compiler such as g++: install one')
+    check(any(map(shutil.which, compilers)), 'compile needs a C++ compiler such as g++')
 
 # data sets and batches --------------------------------------------------------------------------------
 def make_datasets():
@@ -95,7 +95,7 @@ def make_datasets():
         return CaptionedImages(texts, folder), CaptionedImages(*held_out)
     check(len(texts) > 1, f'dataset={dataset}: needs at least two images: one is held out')
     # ordered by a hash of the name (ascii: it may not be UTF-8): adding images moves few between the sets
-    in_order = sorted(texts, key=lambda name: random.Random(ascii(name)).random())
+    in_order = sorted(texts, key=lambda name: random.Random(ascii(name.replace(os.sep, '/'))).random())
     val_texts = {name: texts.pop(name) for name in in_order[: math.ceil(len(texts) / 20)]}
     return CaptionedImages(texts, folder), CaptionedImages(val_texts, folder)
 
@@ -135,10 +135,10 @@ def ignore_signals(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 def load(batches, numbers, where):
-    """Yields the batches with these numbers, on the device where."""
+    """Yields the batches with these numbers, moved to where, a torch.device."""
     workers = num_workers
-    if workers < 0:  # drawing a scene takes little time next to a step on a CPU
-        workers = 0 if dataset == 'shapes' and where.type == 'cpu' else min(8, os.cpu_count())
+    if workers < 0:  # scenes are drawn in little time next to a step, but on a fast GPU
+        workers = 0 if dataset == 'shapes' and where.type != 'cuda' else min(8, os.cpu_count())
     if workers and os.path.isdir('/dev/shm'):  # holds up to three batches from each worker
         needed = 3 * workers * batch_size * 3 * batches.cfg.image_size**2
         free = shutil.disk_usage('/dev/shm').free
@@ -152,7 +152,7 @@ def load(batches, numbers, where):
     try:
         for batch in loader:
             yield [None if x is None else x.to(where, non_blocking=True) for x in batch]
-        if workers:  # they have ended; left registered, each evaluation would leak pipes
+        if workers:  # they have exited: drop the handler, which keeps their pipes open
             atexit.unregister(loader._shutdown_workers)
     except UserError as e:  # from a worker, the message follows a traceback
         raise UserError(str(e).split('UserError: ')[-1].strip()) from e
@@ -160,16 +160,16 @@ def load(batches, numbers, where):
 def report_cut_texts(groups, cfg, tokenizer):
     """Reports how many texts are too long for block_size, or else how many images have too many texts."""
     room = cfg.block_size - cfg.n_visual
-    endless = replace(cfg, block_size=10**9)  # with room for any prompt
+    endless = replace(cfg, block_size=10**9)  # does not cut prompts
     cut = needed = crowded = needed_together = 0  # needed: tokens after the image
     for texts in groups:
         lengths = []
         for prompt, answer in texts:
-            asked = len(encode_prompt(tokenizer, endless, prompt))
-            length = asked + len(encode_answer(tokenizer, cfg, answer)) - 1  # the last isn't fed in
+            prompt_length = len(encode_prompt(tokenizer, endless, prompt))
+            length = prompt_length + len(encode_answer(tokenizer, cfg, answer)) - 1  # the last isn't fed in
             lengths.append(length)
-            needed = max(needed, length, 2 * asked)  # a prompt is cut to half of the room
-            cut += max(length, 2 * asked) > room
+            needed = max(needed, length, 2 * prompt_length)  # a prompt is cut to half of the room
+            cut += max(length, 2 * prompt_length) > room
         together = sum(sorted(lengths)[-texts_per_image:])  # the longest that a batch can choose
         needed_together = max(needed_together, together)
         crowded += together > room
@@ -189,7 +189,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             params = group['params']
             grads = torch.stack([p.grad.flatten(1) for p in params])  # (n,rows,columns)
-            mean = self.state[params[0]].setdefault('mean', torch.zeros_like(grads))  # of them all
+            mean = self.state[params[0]].setdefault('mean', torch.zeros_like(grads))  # for all
             mean.lerp_(grads, 0.1)  # momentum 0.9: 0.95 is usual, but slows the small presets
             updates = orthogonalize(grads.lerp(mean, 0.9))  # Nesterov: one step ahead
             scale = math.sqrt(max(1, updates.size(1) / updates.size(2)))
@@ -202,7 +202,7 @@ def orthogonalize(x):
     if x.size(1) > x.size(2):
         return orthogonalize(x.mT).mT
     y = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    if dtype == 'bfloat16':  # main has replaced 'auto'
+    if dtype == 'bfloat16':  # as resolved by find_device
         y = y.bfloat16()
     for _ in range(5):  # y <- 3.4445 y + (-4.775 a + 2.0315 a^2) y
         a = y @ y.mT
@@ -251,7 +251,7 @@ def choose_items(data, n, kind=''):
     items = []
     for i in random.Random(1337).sample(range(data.n_images), min(n, data.n_images)):
         image, texts = data[i]
-        texts = [(q, a) for q, a in texts if not kind or (kind == 'question') == bool(q)]
+        texts = [(q, a) for q, a in texts if kind in ('', 'question' if q else 'caption')]
         if texts:
             items.append((image, [texts[len(items) % len(texts)]]))  # the nth item gets its nth text
     return items
@@ -267,7 +267,7 @@ def exact_answers(model, tok, items, title):
         images, ids, targets, _ = collate(batch, model.cfg, tok, make_transform(model.cfg))
         logits, _ = model(images.to(where), ids.to(where), targets.to(where))
         likeliest = targets.clone()
-        likeliest[targets != -100] = logits.argmax(dim=-1).cpu()  # logits of scored positions only
+        likeliest[targets != -100] = logits.argmax(dim=-1).cpu()  # all others count as right
         right = (likeliest == targets).all(dim=1) & (targets == tok.end).any(dim=1)  # and not cut
         for (_, [(prompt, _)]), is_right in zip(batch, right.tolist()):
             kind = ' '.join(prompt.split()[:2]) or 'caption'
@@ -296,7 +296,7 @@ def draw_samples(model, tok, items, path):
 
 @torch.no_grad()
 def evaluate(model, batches, step, last, where):
-    """Prints losses and exact answers on held-out data, draws samples.png -> the numbers for log.csv"""
+    """Prints losses and exact answers on held-out data -> the numbers for log.csv"""
     model.eval()
     data, tok = batches.data, batches.tokenizer
     own = swapped = count = 0
@@ -308,7 +308,7 @@ def evaluate(model, batches, step, last, where):
         count += n
     own, swapped, share = own / count, swapped / count, math.nan
     gain = f'with images swapped {swapped:.4f}, image gain {swapped - own:.4f}'
-    if len(images) == 1:  # as in every batch: all are equally large
+    if len(images) == 1:  # the last batch, but all are equally large
         swapped = math.nan
         gain = 'image gain unknown: it needs two held-out images in a batch'
     print(f'step {step}: held-out loss {own:.4f}, {gain}')
@@ -320,8 +320,6 @@ def evaluate(model, batches, step, last, where):
         items = choose_items(Shapes('novel', seed), n, 'caption')
         exact_answers(model, tok, items, 'captions with unseen pairs')
         exact_answers(model, tok, choose_items(data, n, 'question'), 'questions')
-    pictures = Shapes('val', seed, pixels=624) if dataset == 'shapes' else data  # drawn sharper
-    draw_samples(model, tok, choose_items(pictures, 6), os.path.expanduser(f'{out_dir}/samples.png'))
     return own, swapped, share
 
 # the run ----------------------------------------------------------------------------------------------
@@ -329,7 +327,7 @@ def make_model(texts):
     """The model and tokenizer of a new run, from the settings. texts: what a new BPE is learned from."""
     if init_from.endswith('.pt'):
         changed = [tokenizer, vocab_size, image_size, block_size, projection, dropout >= 0, preset != 'tiny']
-        check(not any(changed), f'{init_from} sets preset, tokenizer, sizes, projection, dropout: omit them')
+        check(not any(changed), f'{init_from} fixes preset, tokenizer, sizes, projection, dropout: omit them')
         return load_checkpoint(os.path.expanduser(init_from))[:2]
     names = init_from
     if init_from == 'pretrained':
@@ -339,13 +337,13 @@ def make_model(texts):
     for name in map(str.strip, names.split(',') if names != 'scratch' else []):
         config = read_config(name)
         if 'text' in config and os.path.isfile(os.path.expanduser(f'{name}/tokenizer.json')):
-            config['tokenizer'] = name  # nanoVLM's config.json names a repository instead
+            config['tokenizer'] = name  # not the repository that nanoVLM's config.json names
         published |= config
     cfg = vars(PRESETS[preset]) | published
     tok = Tokenizer.make(tokenizer or cfg['tokenizer'], texts, vocab_size or cfg['vocab_size'])
     if 'text' not in published:
         cfg['vocab_size'] = tok.vocab_size
-    elif tok.name in ('bytes', 'bpe') or tok.vocab_size > cfg['vocab_size']:  # not the ids it learned
+    elif tok.name in ('bytes', 'bpe') or tok.vocab_size > cfg['vocab_size']:  # the decoder learned other ids
         raise UserError(f'tokenizer={tok.name} does not fit the decoder')
     chosen = dict(image_size=image_size, block_size=block_size, projection=projection)
     cfg |= {name: value for name, value in chosen.items() if value}
@@ -387,7 +385,7 @@ def main(argv=None):
     elif os.path.exists(path):
         check(overwrite, f'{path} exists: --init_from=resume continues, --overwrite replaces it')
     step = checkpoint.get('step', 0)  # optimizer steps done so far
-    check(not augment or dataset != 'shapes', 'augment would make the texts of shapes wrong')
+    check(not augment or dataset != 'shapes', 'augment makes the texts of shapes wrong: leave it out')
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as e:
@@ -439,7 +437,7 @@ def main(argv=None):
     # 6. the log; a signal stops the run after its step
     log_path = f'{folder}/log.csv' if rank == 0 and not eval_only else os.devnull
     rows = []
-    if step and os.path.exists(log_path):  # drop rows after the last save (the header counts as 0)
+    if step and os.path.exists(log_path):  # keep the header and the rows up to the last save
         with open(log_path, encoding='utf-8', errors='replace') as f:
             rows = [row.rstrip() + '\n' for row in f if int(re.match(r'\d*', row)[0] or 0) <= step]
     log = open(log_path, 'w', buffering=1)
@@ -449,7 +447,7 @@ def main(argv=None):
         stopped.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second one kills the process at once
         with contextlib.suppress(OSError):  # Ctrl-C also ends the tee in `2>&1 | tee log.txt`
-            os.write(2, b'stopping soon; a second signal stops at once\n')  # print could fail here
+            os.write(2, b'stopping after this step; a second signal stops at once\n')  # print could fail here
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     size = sum(map(torch.numel, model.parameters()))
@@ -479,9 +477,11 @@ def main(argv=None):
                 try:
                     with autocast:
                         own, swapped, share = evaluate(model, val_batches, step, last, where)
-                    print(f'{step},{time.time() - began:.1f},,{own:.5f},{swapped:.5f},{share:.4f}', file=log)
+                        log.write(f'{step},{time.time() - began:.1f},,{own:.5f},{swapped:.5f},{share:.4f}\n')
+                        shown = Shapes('val', seed, pixels=624) if dataset == 'shapes' else val_set  # sharper
+                        draw_samples(model, tok, choose_items(shown, 6), f'{folder}/samples.png')
                 except (UserError, OSError) as e:  # an unreadable image, a full disk
-                    print(f'step {step}: not evaluated: {e}')
+                    print(f'step {step}: the evaluation failed: {e}')
             since += time.time() - pause  # this was not training time
         if last:
             break
@@ -547,10 +547,10 @@ if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop, Ctrl-C ends the run at once
     try:
         main()
-    except torch.OutOfMemoryError:
-        sys.exit('train.py: out of GPU memory: see Troubleshooting in README.md')
-    except RuntimeError as e:  # from PyTorch's loader, wherever the run is when a worker dies
-        if 'DataLoader worker (pid' not in str(e):
+    except RuntimeError as e:
+        if 'out of memory' in str(e):  # Apple's GPUs have no torch.OutOfMemoryError
+            sys.exit('train.py: out of GPU memory: see Troubleshooting in README.md')
+        if 'DataLoader worker (pid' not in str(e):  # raised wherever the run is when a worker dies
             raise
         sys.exit('train.py: a data loading process died, perhaps out of memory: try --num_workers=0')
     except (UserError, OSError) as e:
