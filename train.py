@@ -251,7 +251,7 @@ def choose_items(data, n, kind=''):
     items = []
     for i in random.Random(1337).sample(range(data.n_images), min(n, data.n_images)):
         image, texts = data[i]
-        texts = [(q, a) for q, a in texts if kind in ('', 'question' if q else 'caption')]
+        texts = [(q, a) for q, a in texts if not kind or (kind == 'question') == bool(q)]
         if texts:
             items.append((image, [texts[len(items) % len(texts)]]))  # the nth item gets its nth text
     return items
@@ -334,7 +334,7 @@ def make_model(texts):
         names = dict(base='siglip-b-16,gpt2', nanovlm='siglip-b-16,smollm2-135m').get(preset)
         check(names, 'init_from=pretrained needs --preset=base or nanovlm')
     published = {}
-    for name in map(str.strip, names.split(',') if names != 'scratch' else []):
+    for name in [part.strip() for part in names.split(',') if names != 'scratch']:
         config = read_config(name)
         if 'text' in config and os.path.isfile(os.path.expanduser(f'{name}/tokenizer.json')):
             config['tokenizer'] = name  # not the repository that nanoVLM's config.json names

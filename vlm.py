@@ -663,7 +663,7 @@ def save_checkpoint(path, model, tokenizer, **extra):
             os.fsync(f.fileno())
         os.replace(path + '.part', path)
     except (OSError, RuntimeError) as e:
-        raise UserError(f'could not write {path}: disk full? ({e}); any previous file is unchanged') from e
+        raise UserError(f'could not write {path} (disk full? {e}); any previous file is unchanged') from e
 
 def load_checkpoint(path, device='cpu'):
     """-> model, tokenizer, and a dict of the extras. Never executes code from the file."""
