@@ -363,8 +363,8 @@ class MinimalVLM(nn.Module):
             for block in stack.blocks:
                 for layer in (block.attn.out, block.mlp.down):  # these add to the residual stream
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
-        # q and k start as one W, W^T W about 0.49 I: (Wx).(Wy), over all heads, is about 0.49 x.y. So
-        # tokens first attend to similar ones (arXiv 2305.09828), and small models learn words sooner.
+        # q = Wx and k = Wy share one random W at first; W^T W is about 0.7^2 I, so q.k summed over heads is
+        # about 0.49 x.y: tokens attend to similar ones (arXiv 2305.09828), and small models learn sooner.
         for attn in [*self.vision.modules(), *self.decoder.modules()]:  # not the Perceiver
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
                 nn.init.normal_(attn.k.weight, std=0.7 / math.sqrt(attn.k.in_features))
@@ -501,7 +501,7 @@ blocks.#.mlp.gate   -                      layers.#.mlp.gate_proj               
 blocks.#.mlp.down   h.#.mlp.c_proj:T       layers.#.mlp.down_proj               decoder.blocks.#.mlp.down_proj
 norm                ln_f                   norm                                 decoder.norm
 """)
-# (part, table): a file with the weight of a table's last row covers the part. MP: nanoVLM's projection
+# (part, table): a file covers a part if it has the .weight of its table's last row. MP: nanoVLM's projection
 LAYOUTS = [('vision', table) for table in VISION_NAMES.values()]
 LAYOUTS += [('decoder', table) for table in TEXT_NAMES.values()] + [('projection', {'proj': 'MP.proj'})]
 PREFIX = r'^(transformer|vision_model|model)\.'  # some files put it before each name
@@ -566,7 +566,7 @@ def read_json(path):
         raise UserError(f'{path} cannot be read as a JSON object ({e})') from e
 
 def read_config(name):
-    """VLMConfig fields of a published model, even those equal to a default: they override a preset."""
+    """VLMConfig fields of a published model, even those at their default: train.py puts them over a preset."""
     image_fields = dict(encoder='vit', stem='patch', image_size=224, patch_size=16)
     image_fields |= dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
     if name.startswith('resnet'):
@@ -728,7 +728,7 @@ class Tokenizer:
         for step in steps:
             for key, value in supported.items():
                 check(step.get(key, value) == value, f'{path}: unsupported pre-tokenizer ({key})')
-        # lower ids merge first, so ids must rise in merge order; a missing token is -1, below the leading 0
+        # lower ids merge first: ids must rise in merge order. A missing token's -1 fails this, after the 0
         joined = [m.replace(' ', '') if isinstance(m, str) else ''.join(m) for m in model['merges']]
         ids = [0] + [model['vocab'].get(token, -1) for token in joined]
         check(END in special and ids == sorted(ids), f'{path}: no {END}, or ids not in merge order')
@@ -757,7 +757,7 @@ def learn_bpe(texts, n_tokens):
         (left, right), most = pairs.most_common(1)[0]
         if most < 2:
             break
-        tokens[left + right] = len(tokens)  # new: were it a token, all such pairs would be merged
+        tokens[left + right] = len(tokens)  # always new: equal strings were always merged alike
         apart, joined = f'‹{left}›‹{right}›', f'‹{left}{right}›'
         for i, word in enumerate(words):
             if apart in word:
@@ -821,7 +821,7 @@ def collate(items, cfg, tokenizer, transform):
             row += zip(ids, targets, range(len(ids)))
         rows.append(row[: cfg.block_size - cfg.n_visual])
     longest = max(map(len, rows))
-    rows = [row + [(0, -100, 0)] * (longest - len(row)) for row in rows]  # each pad is its own text
+    rows = [row + [(0, -100, 0)] * (longest - len(row)) for row in rows]  # position 0: a new text
     ids, targets, positions = torch.tensor(rows).unbind(-1)  # (B,T,3) -> three times (B,T)
     packed = any(len(texts) > 1 for _, texts in items)
     images = torch.stack([transform(image) for image, _ in items])
