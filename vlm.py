@@ -566,7 +566,7 @@ def read_json(path):
         raise UserError(f'{path} cannot be read as a JSON object ({e})') from e
 
 def read_config(name):
-    """VLMConfig fields of published models, even at their default: train.py lays them over a preset."""
+    """VLMConfig fields of published models, even those at their default: train.py lays them over a preset."""
     image_fields = dict(encoder='vit', stem='patch', image_size=224, patch_size=16)
     image_fields |= dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
     if name.startswith('resnet'):
