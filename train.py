@@ -137,7 +137,7 @@ def ignore_signals(worker):
 def load(batches, numbers, where):
     """Yields the batches with these numbers, moved to where, a torch.device."""
     workers = num_workers
-    if workers < 0:  # scenes are drawn in little time next to a step, but on a fast GPU
+    if workers < 0:  # drawing scenes takes little time next to a step, except on a fast GPU
         workers = 0 if dataset == 'shapes' and where.type != 'cuda' else min(8, os.cpu_count())
     if workers and os.path.isdir('/dev/shm'):  # holds up to three batches from each worker
         needed = 3 * workers * batch_size * 3 * batches.cfg.image_size**2
