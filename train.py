@@ -25,10 +25,10 @@ log_interval = 50                # steps between log lines
 eval_iters = 20                  # held-out batches for the validation loss
 eval_samples = 200               # held-out items to answer (at the end, 16 times as many on shapes); 0 = none
 eval_only = False                # with init_from=resume: evaluate, then exit
-overwrite = False                # allow replacing the checkpoint and the log in out_dir
+overwrite = False                # start a new run even if out_dir has a checkpoint, and replace it
 dataset = 'shapes'               # 'shapes', a caption file (.csv .tsv .txt .jsonl .json) or folder
 val_dataset = ''                 # the same, for validation; '' = hold out 5% of the images
-image_dir = ''                   # folder of the images; '' = the caption file's, or images/ in it
+image_dir = ''                   # folder of the images; '' = that of the caption file, or its images/
 val_image_dir = ''               # the same, for val_dataset; '' = image_dir
 blind = False                    # train on black images: a baseline that cannot see
 augment = False                  # random flips, crops and colors; wrong if texts say left or right
@@ -49,7 +49,7 @@ muon_lr = 0.012                  # peak, Muon
 max_iters = 1600                 # optimizer steps
 weight_decay = 0.4               # of hidden matrices only, not of embeddings
 grad_clip = 1.0                  # maximum gradient norm; 0 = no clipping
-freeze = ''                      # parts to freeze, e.g. vision,decoder
+freeze = ''                      # parts to freeze: vision, projection or decoder, or e.g. vision,decoder
 lr_scale = ''                    # learning rate factors, e.g. vision=0.1,decoder=0.1
 warmup_iters = 50                # linear warmup steps
 min_lr = 0.0                     # at max_iters, as a fraction of the peak (in nanoGPT: absolute)
@@ -57,7 +57,7 @@ device = 'auto'                  # 'auto', 'cpu', 'mps', 'cuda', 'cuda:1', ...
 dtype = 'auto'                   # 'auto', 'float32', 'bfloat16', 'float16' (with loss scaling)
 grad_checkpointing = False       # recompute activations in backward: less memory, slower
 compile = False                  # torch.compile: faster on a GPU, after minutes of compiling; not on a CPU
-seed = 1337                      # for initialization, data order and scenes
+seed = 1337                      # for initialization, data order, dropout and scenes
 
 # device -----------------------------------------------------------------------------------------------
 def find_device(device, dtype):
@@ -80,7 +80,7 @@ def find_device(device, dtype):
     return where, dtype
 
 def check_compiler():
-    compilers = [os.environ.get('CXX') or 'g++', 'clang++', 'cl']
+    compilers = [*(os.environ.get('CXX') or 'g++').split()[:1], 'clang++', 'cl']  # CXX='ccache g++'
     check(any(map(shutil.which, compilers)), 'compile needs a C++ compiler such as g++')
 
 # data sets and batches --------------------------------------------------------------------------------
@@ -115,11 +115,11 @@ class Batches(torch.utils.data.Dataset):
     def __init__(self, data, cfg, tokenizer, rank=0, world=1, augment=False):
         self.data, self.cfg, self.tokenizer = data, cfg, tokenizer
         self.part = slice(rank, None, world)
-        self.settings = (seed, batch_size, texts_per_image)
+        self.settings = (seed, batch_size, texts_per_image)  # a spawned worker has the defaults
         self.transform = make_transform(cfg, augment)
 
     def __getitem__(self, n):
-        seed, batch_size, texts_per_image = self.settings  # a spawned worker has default globals
+        seed, batch_size, texts_per_image = self.settings
         epoch, n = divmod(n, max(1, self.data.n_images // batch_size))
         order = torch.randperm(self.data.n_images, generator=torch.Generator().manual_seed(seed + epoch))
         rng = random.Random(f'{seed} {epoch} {n} {self.part}')
@@ -127,7 +127,7 @@ class Batches(torch.utils.data.Dataset):
         items = []
         for i in order[n * batch_size : (n + 1) * batch_size][self.part].tolist():
             image, texts = self.data[i]
-            items.append((image, rng.sample(texts, len(texts))[:texts_per_image]))
+            items.append((image, rng.sample(texts, len(texts))[:texts_per_image]))  # in random order
         return collate(items, self.cfg, self.tokenizer, self.transform)
 
 def ignore_signals(worker):
@@ -144,41 +144,32 @@ def load(batches, numbers, where):
         free = shutil.disk_usage('/dev/shm').free
         check(free > needed, f'{workers} workers need {needed >> 20} MB in /dev/shm, but {free >> 20} MB is '
                              'free: try docker run --shm-size=1g, or --num_workers=0')
-    loader = iter(torch.utils.data.DataLoader(
-        batches, batch_size=None, sampler=numbers, num_workers=workers,
-        worker_init_fn=ignore_signals, pin_memory=where.type == 'cuda'))
-    if workers:  # they ignore SIGTERM: without this, Python's exit would wait for them forever
+    pinned = where.type == 'cuda'  # elsewhere a copy that does not block may read freed memory
+    options = dict(num_workers=workers, worker_init_fn=ignore_signals, pin_memory=pinned)
+    loader = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=numbers, **options))
+    if workers:  # these ignore SIGTERM: without this, Python's exit would wait for them forever
         atexit.register(loader._shutdown_workers)
     try:
         for batch in loader:
-            yield [None if x is None else x.to(where, non_blocking=True) for x in batch]
-        if workers:  # they have exited: drop the handler, which keeps their pipes open
+            yield [None if x is None else x.to(where, non_blocking=pinned) for x in batch]
+        if workers:  # these have exited: the handler would only keep their pipes open
             atexit.unregister(loader._shutdown_workers)
     except UserError as e:  # from a worker, the message follows a traceback
         raise UserError(str(e).split('UserError: ')[-1].strip()) from e
 
 def report_cut_texts(groups, cfg, tokenizer):
-    """Reports how many texts are too long for block_size, or else how many images have too many texts."""
-    room = cfg.block_size - cfg.n_visual
+    """Reports how many texts are too long for block_size. groups: for each image, [(prompt, answer), ...]"""
+    room = cfg.block_size - cfg.n_visual  # tokens after the image
     endless = replace(cfg, block_size=10**9)  # does not cut prompts
-    cut = needed = crowded = needed_together = 0  # needed: tokens after the image
-    for texts in groups:
-        lengths = []
-        for prompt, answer in texts:
-            prompt_length = len(encode_prompt(tokenizer, endless, prompt))
-            length = prompt_length + len(encode_answer(tokenizer, cfg, answer)) - 1  # the last isn't fed in
-            lengths.append(length)
-            needed = max(needed, length, 2 * prompt_length)  # a prompt is cut to half of the room
-            cut += max(length, 2 * prompt_length) > room
-        together = sum(sorted(lengths)[-texts_per_image:])  # the longest that a batch can choose
-        needed_together = max(needed_together, together)
-        crowded += together > room
+    needed = []
+    for prompt, answer in [text for texts in groups for text in texts]:
+        n_prompt = len(encode_prompt(tokenizer, endless, prompt))
+        n = n_prompt + len(encode_answer(tokenizer, cfg, answer)) - 1  # the last isn't fed in
+        needed.append(max(n, 2 * n_prompt))  # a prompt is cut to half of the room
+    cut = sum(n > room for n in needed)
     if cut:
-        print(f'{cut} of {sum(map(len, groups))} texts are too long and will be cut: '
-              f'--block_size={cfg.n_visual + needed} in a new run makes room')
-    elif crowded and dataset != 'shapes':  # a scene has many short texts: any will do
-        print(f'{crowded} of {len(groups)} images have more texts than fit a sequence; the last are cut: '
-              f'lower --texts_per_image or, in a new run, set --block_size={cfg.n_visual + needed_together}')
+        print(f'{cut} of {len(needed)} texts are too long and will be cut: '
+              f'--block_size={cfg.n_visual + max(needed)} in a new run makes room')
 
 # optimizers -------------------------------------------------------------------------------------------
 class Muon(torch.optim.Optimizer):
@@ -189,7 +180,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             params = group['params']
             grads = torch.stack([p.grad.flatten(1) for p in params])  # (n,rows,columns)
-            mean = self.state[params[0]].setdefault('mean', torch.zeros_like(grads))  # for all
+            mean = self.state[params[0]].setdefault('mean', torch.zeros_like(grads))  # the group's
             mean.lerp_(grads, 0.1)  # momentum 0.9: 0.95 is usual, but slows the small presets
             updates = orthogonalize(grads.lerp(mean, 0.9))  # Nesterov: one step ahead
             scale = math.sqrt(max(1, updates.size(1) / updates.size(2)))
@@ -202,9 +193,9 @@ def orthogonalize(x):
     if x.size(1) > x.size(2):
         return orthogonalize(x.mT).mT
     y = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    if dtype == 'bfloat16':  # as resolved by find_device
+    if dtype == 'bfloat16':  # set in main
         y = y.bfloat16()
-    for _ in range(5):  # y <- 3.4445 y + (-4.775 a + 2.0315 a^2) y
+    for _ in range(5):  # y <- 3.4445 y + (-4.775 a + 2.0315 a^2) y with a = y y^T
         a = y @ y.mT
         b = torch.baddbmm(a, a, a, beta=-4.775, alpha=2.0315)
         y = torch.baddbmm(y, b, y, beta=3.4445)
@@ -235,7 +226,7 @@ def make_optimizers(model):
         rate = scale * (muon_lr if shape else learning_rate)
         group = dict(params=params, full_lr=rate, weight_decay=weight_decay if hidden else 0.0)
         (muon if shape else adamw).append(group)
-    optimizers = [Muon(muon, {})] if muon else []  # {}: no defaults; the loop sets each group's lr
+    optimizers = [Muon(muon, {})] if muon else []  # {}: no defaults; train_step sets each group's lr
     if adamw:
         optimizers.append(torch.optim.AdamW(adamw, betas=(0.9, 0.95), fused=True))
     return optimizers
@@ -357,9 +348,8 @@ def make_model(texts):
     except OSError as e:  # from torchvision, which downloads a ResNet's weights
         raise UserError(f'{names}: {e}; put the weights into {torch.hub.get_dir()}/checkpoints') from e
 
-def main(argv=None):
-    global dtype
-    # 1. settings
+def read_settings(argv):
+    """Sets the globals -> the settings, and the model, tokenizer and checkpoint of the run to resume."""
     settings = override(globals(), argv)
     check(preset in PRESETS, f'preset={preset} must be one of {", ".join(PRESETS)}')
     positive = 'eval_interval log_interval eval_iters batch_size texts_per_image gradient_accumulation_steps'
@@ -367,31 +357,76 @@ def main(argv=None):
     for name, low in least.items():
         check(settings[name] >= low, f'{name}={settings[name]} must be at least {low}')
     check(not eval_only or init_from == 'resume', 'eval_only needs init_from=resume')
+    path = os.path.expanduser(f'{out_dir}/ckpt.pt')
+    if init_from != 'resume':
+        allowed = overwrite or not os.path.exists(path)
+        check(allowed, f'{path} exists: --init_from=resume continues, --overwrite replaces it')
+        return settings, None, None, {}
+    model, tok, checkpoint = load_checkpoint(path)
+    check('settings' in checkpoint, f'{path} was not written by train.py: it cannot be resumed')
+    for name, value in checkpoint['settings'].items():  # unless removed or of another type now
+        if name not in ('out_dir', 'init_from') and type(value) is type(settings.get(name)):
+            globals()[name] = value
+    before = dict(globals())
+    settings = override(globals(), argv)  # again, on top of the saved ones
+    fixed = 'preset tokenizer vocab_size image_size block_size projection dropout optimizer freeze lr_scale'
+    for name in fixed.split():
+        check(settings[name] == before[name], f'{name}={settings[name]} cannot change when resuming')
+    return settings, model, tok, checkpoint
+
+def catch_signals():
+    """-> a list to which SIGINT and SIGTERM are added. A second one kills the process at once."""
+    stopped = []
+    def stop(number, frame):
+        stopped.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # Ctrl-C also ends the tee in `2>&1 | tee log.txt`
+            os.write(2, b'stopping after this step; a second signal stops at once\n')  # print could fail here
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    return stopped
+
+def train_step(model, net, optimizers, scaler, autocast, batches, step):
+    """One optimizer step on the mean gradient of the batches -> their mean loss, and whether it was made: if
+    the gradient is not finite, nothing changes. net is the model, perhaps compiled and wrapped in DDP."""
+    buffers = [buffer.clone() for buffer in model.buffers()]  # batch norm statistics
+    model.train()
+    for part in re.findall(r'\w+', freeze):
+        model.get_submodule(part).eval()  # no dropout, and batch norm statistics stay fixed
+    total = 0
+    for n, batch in enumerate(batches, 1):
+        net.require_backward_grad_sync = n == len(batches)  # DDP: on the last batch only
+        with autocast:
+            loss = net(*batch)[1] / len(batches)
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    for o in optimizers:
+        scaler.unscale_(o)
+        for group in o.param_groups:
+            group['lr'] = group['full_lr'] * rate_factor(step)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    finite = torch.isfinite(norm).item()
+    if finite:
+        for o in optimizers:
+            scaler.step(o)
+    else:
+        for buffer, saved in zip(model.buffers(), buffers):
+            buffer.copy_(saved)
+        print(f'step {step}: the gradient is not finite, so the step is skipped')
+    scaler.update()
+    model.zero_grad()
+    return total, finite
+
+def main(argv=None):
+    global dtype  # orthogonalize reads it
+    # 1. settings
+    settings, model, tok, checkpoint = read_settings(argv)
     folder = os.path.expanduser(out_dir)
-    path = f'{folder}/ckpt.pt'
-
-    # 2. a resumed run starts from its saved settings; the command line is applied again on top
-    checkpoint = {}
-    if init_from == 'resume':
-        model, tok, checkpoint = load_checkpoint(path)
-        for name, value in checkpoint['settings'].items():  # unless removed or of another type now
-            if name not in ('out_dir', 'init_from') and type(value) is type(settings.get(name)):
-                globals()[name] = value
-        before = dict(globals())
-        settings = override(globals(), argv)
-        fixed = 'preset tokenizer vocab_size image_size block_size projection dropout freeze lr_scale'
-        for name in ['optimizer', *fixed.split()]:
-            check(settings[name] == before[name], f'{name}={settings[name]} cannot change when resuming')
-    elif os.path.exists(path):
-        check(overwrite, f'{path} exists: --init_from=resume continues, --overwrite replaces it')
-    step = checkpoint.get('step', 0)  # optimizer steps done so far
+    step = first_step = checkpoint.get('step', 0)  # steps done so far, with those that were skipped
     check(not augment or dataset != 'shapes', 'augment makes the texts of shapes wrong: leave it out')
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as e:
-        raise UserError(f'out_dir={out_dir} cannot be created ({e})') from e
+    os.makedirs(folder, exist_ok=True)
 
-    # 3. device, precision and processes
+    # 2. device, precision and processes
     where, dtype = find_device(device, dtype)
     rank = int(os.environ.get('RANK', 0))
     world = int(os.environ.get('WORLD_SIZE', 1))
@@ -405,25 +440,24 @@ def main(argv=None):
     torch.set_float32_matmul_precision('high')
     torch.manual_seed(seed)
 
-    # 4. data and model
+    # 3. data and model
     train_set, val_set = make_datasets()
     n_images = min(batch_size, train_set.n_images)  # in a batch
     check(n_images >= world, f'{n_images} images per batch: each of the {world} processes needs at least one')
     all_texts = train_set.texts if dataset != 'shapes' else [train_set[i][1] for i in range(400)]
     if init_from != 'resume':
-        model, tok = make_model([' '.join(text) for texts in all_texts for text in texts])
+        model, tok = make_model([' '.join(pair) for texts in all_texts for pair in texts])
     report_cut_texts(all_texts[:5000], model.cfg, tok)  # more would take minutes
     train_set.min_size = val_set.min_size = int(1.4 * model.cfg.image_size)  # room for augment's crops
     model.to(where, memory_format=torch.channels_last)  # convolutions are faster in this format
     for module in model.modules():
         module.grad_checkpointing = grad_checkpointing
 
-    # 5. optimizers and batches; a resumed run restores their state, but takes rates from its settings
+    # 4. optimizers and batches; a resumed run restores their state, but takes rates from its settings
     optimizers = make_optimizers(model)
-    if init_from == 'resume':
-        for o, state in zip(optimizers, checkpoint['optimizers']):
-            o.load_state_dict(state | dict(param_groups=o.state_dict()['param_groups']))
-        scaler.load_state_dict(checkpoint['scaler'] or scaler.state_dict())
+    for o, state in zip(optimizers, checkpoint.pop('optimizers', [])):
+        o.load_state_dict(state | dict(param_groups=o.state_dict()['param_groups']))
+    scaler.load_state_dict(checkpoint.get('scaler') or scaler.state_dict())  # {} unless float16
     net = model
     if compile:
         check_compiler()
@@ -434,7 +468,7 @@ def main(argv=None):
     batches = Batches(train_set, model.cfg, tok, rank, world, augment)
     stream = load(batches, range(step * gradient_accumulation_steps, 10**9), where)  # endless
 
-    # 6. the log; a signal stops the run after its step
+    # 5. the log; a signal stops the run after its step
     log_path = f'{folder}/log.csv' if rank == 0 and not eval_only else os.devnull
     rows = []
     if step and os.path.exists(log_path):  # keep the header and the rows up to the last save
@@ -442,34 +476,27 @@ def main(argv=None):
             rows = [row.rstrip() + '\n' for row in f if int(re.match(r'\d*', row)[0] or 0) <= step]
     log = open(log_path, 'w', buffering=1)
     log.writelines(rows or ['step,seconds,loss,val_loss,val_loss_swapped,exact\n'])
-    stopped = []
-    def stop(number, frame):
-        stopped.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one kills the process at once
-        with contextlib.suppress(OSError):  # Ctrl-C also ends the tee in `2>&1 | tee log.txt`
-            os.write(2, b'stopping after this step; a second signal stops at once\n')  # print could fail here
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    stopped = catch_signals()
     size = sum(map(torch.numel, model.parameters()))
     print(f'{size / 1e6:.2f}M parameters, {tok.vocab_size} tokens, {where}, {dtype}')
-    losses = []
-    skipped = 0
+    losses = []  # of the steps since the last log line
+    skipped = 0  # steps in a row
     since = time.time()  # start of a log interval
     began = since - checkpoint.get('seconds', 0)  # of the whole run
     while True:
-        # 7. save and evaluate, periodically and at the end; a signal to one process stops all
+        # 6. save and evaluate, periodically and at the end; a signal to one process stops all
         halt = torch.tensor(len(stopped), device=where)
         if world > 1:
             dist.all_reduce(halt)
         last = bool(halt) or step >= max_iters or eval_only or skipped == 20
-        due = step % eval_interval == 0 and step > checkpoint.get('step', 0)
+        due = step % eval_interval == 0 and step > first_step
         if rank == 0 and (last or due):
             pause = time.time()
             if not eval_only:
                 state = dict(step=step, seconds=time.time() - began, settings=settings)
                 state |= dict(scaler=scaler.state_dict(), optimizers=[o.state_dict() for o in optimizers])
                 try:
-                    save_checkpoint(path, model, tok, **state)
+                    save_checkpoint(f'{folder}/ckpt.pt', model, tok, **state)
                 except UserError as e:  # perhaps a full disk: the next save may succeed
                     check(not last, str(e))
                     print(f'step {step}: {e}')
@@ -486,44 +513,18 @@ def main(argv=None):
         if last:
             break
 
-        # 8. gradients, averaged over the batches of a step
+        # 7. one optimizer step
         step_batches = [next(stream) for _ in range(gradient_accumulation_steps)]
         torch.manual_seed((seed + step) * world + rank)  # for dropout: a resumed run draws the same
-        buffers = [buffer.clone() for buffer in model.buffers()]  # batch norm statistics
-        model.train()
-        for part in re.findall(r'\w+', freeze):
-            model.get_submodule(part).eval()  # keeps its batch norm statistics fixed, too
-        for n, batch in enumerate(step_batches, 1):
-            net.require_backward_grad_sync = n == len(step_batches)  # DDP: on the last batch only
-            with autocast:
-                loss = net(*batch)[1] / len(step_batches)
-            scaler.scale(loss).backward()
-            losses.append(loss.detach())
-
-        # 9. step; if the gradient is not finite, skip the step and restore the batch norm statistics
-        for o in optimizers:
-            scaler.unscale_(o)
-            for group in o.param_groups:
-                group['lr'] = group['full_lr'] * rate_factor(step)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        if torch.isfinite(norm):
-            skipped = 0
-            for o in optimizers:
-                scaler.step(o)
-        else:
-            skipped += 1
-            for buffer, saved in zip(model.buffers(), buffers):
-                buffer.copy_(saved)
-            print(f'step {step}: the gradient is not finite, so the step is skipped')
-        scaler.update()
-        model.zero_grad()
+        loss, made = train_step(model, net, optimizers, scaler, autocast, step_batches, step)
+        losses.append(loss)
+        skipped = 0 if made else skipped + 1
         step += 1
 
-        # 10. log; the loss is rank 0's
+        # 8. log; the loss is rank 0's
         if step % log_interval == 0:
-            n = len(losses) / gradient_accumulation_steps  # steps since the last line
-            loss = sum(losses).item() / n
-            seconds = (time.time() - since) / n
+            loss = sum(losses).item() / len(losses)
+            seconds = (time.time() - since) / len(losses)
             rate = n_images * gradient_accumulation_steps / seconds
             with contextlib.suppress(OSError):  # a full disk or a closed pipe must not end the run
                 print(f'{step},{time.time() - began:.1f},{loss:.5f},,,', file=log)
@@ -538,8 +539,7 @@ def main(argv=None):
         command = ['python', 'sample.py', f'--out_dir={out_dir}']
         if dataset != 'shapes':
             command.append(f'--image={os.path.join(val_set.folder, val_set.names[0])}')
-            question = val_set.texts[0][0][0]
-            command += [f'--prompt={question}'] if question else []
+            command += [f'--prompt={prompt}' for prompt, _ in val_set.texts[0][:1] if prompt]
         print(f'{step} steps, {time.time() - began:.0f} s. Next: {shlex.join(command)}')
 
 if __name__ == '__main__':
