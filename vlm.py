@@ -112,7 +112,7 @@ SIGLIP_B = TransformerConfig(n_layer=12, n_head=12, n_embd=768, activation='gelu
 GPT2 = TransformerConfig(n_layer=12, n_head=12, n_embd=768, activation='gelu_tanh', norm_eps=1e-5)
 LLAMA = TransformerConfig(norm='rms', norm_eps=1e-5, activation='swiglu', position='rope', bias=False)
 SMOLLM2_135M = replace(LLAMA, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536, rope_base=1e5)
-SLIM = TransformerConfig(n_layer=4, n_head=8, n_embd=128, bias=False)
+SLIM = TransformerConfig(n_layer=4, n_head=8, n_embd=128, bias=False)  # for photos: 4 heads
 SHARED = dict(image_size=64, patch_size=8, stem='conv', projection='pixel_shuffle', input_norm=True)
 PRESETS = {  # visual tokens (N,C): tiny and small (16,128), base (196,768), nanovlm (49,576)
     'tiny': VLMConfig(replace(SLIM, n_layer=1), SLIM, vocab_size=512, block_size=112, **SHARED),
@@ -140,7 +140,7 @@ def rope_cos_sin(cfg, pos):
 
 def apply_rope(x, rope):
     """Rotary position embedding (arXiv 2104.09864): turns each channel pair (i, i + D/2) of x (B,heads,L,D)
-    by its angle. So q.k depends on distances, not on positions. (The paper pairs 2i and 2i + 1.)"""
+    by its angle, so that q.k depends on relative positions only. (The paper pairs 2i and 2i + 1.)"""
     cos, sin = rope.to(x.dtype)  # each (B,1,L,D/2) or (1,1,L,D/2): all heads rotate alike
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -154,7 +154,7 @@ def attend(q, k, v, mask=None):
     att = F.softmax(att, dim=-1)
     return att @ v, att  # (B,H,L,S) x (B,H,S,D) -> (B,H,L,D)
 
-def avoid_fused_attention(q):  # in bf16 on CPUs its backward pass is slow; on MPS it had bugs
+def avoid_fused_attention(q):  # slow backward pass in bf16 on CPUs; bugs on MPS before PyTorch 2.13
     slow_on_cpu = q.is_cpu and q.dtype == torch.bfloat16 and q.requires_grad
     return slow_on_cpu or (q.is_mps and torch.__version__ < (2, 13))  # TorchVersion compares with tuples
 
@@ -353,7 +353,7 @@ class MinimalVLM(nn.Module):
         self.decoder = LanguageDecoder(cfg)
         self.init_weights()
     def init_weights(self):
-        """As in GPT-2, except that q and k of self-attention start equal where their shapes allow it."""
+        """Linear layers and embeddings as in GPT-2, but q and k of self-attention start equal: see below."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -436,7 +436,7 @@ class MinimalVLM(nn.Module):
         names = [name.strip() for name in names.split(',')]
         published = {}  # fields of VLMConfig
         for name in names:
-            published |= read_config(name)
+            published |= read_config(name)  # refuses what is not supported
         model = cls(cfg or VLMConfig(**published))
         for name in names:
             if name.startswith('resnet'):
@@ -566,7 +566,7 @@ def read_json(path):
         raise UserError(f'{path} cannot be read as a JSON object ({e})') from e
 
 def read_config(name):
-    """VLMConfig fields of published models, even those at their default: train.py lays them over a preset."""
+    """The VLMConfig fields that a published model fixes, even to a default: they replace a preset's."""
     image_fields = dict(encoder='vit', stem='patch', image_size=224, patch_size=16)
     image_fields |= dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
     if name.startswith('resnet'):
@@ -687,7 +687,7 @@ PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 class Tokenizer:
-    """Byte-level BPE: text <-> ids. Lower ids merge first, as in tiktoken.
+    """Byte-level BPE: text <-> ids. The pair that makes the token of the lowest id merges first.
     tokens: {token: id}; a token is its bytes read as latin-1: one character, chr(byte), per byte."""
     def __init__(self, name, tokens, special, pieces=PIECES):
         self.state = dict(name=name, tokens=tokens, special=special, pieces=pieces)
@@ -728,7 +728,7 @@ class Tokenizer:
         for step in steps:
             for key, value in supported.items():
                 check(step.get(key, value) == value, f'{path}: unsupported pre-tokenizer ({key})')
-        # lower ids merge first: ids must rise in merge order. A missing token's -1 fails this, after the 0
+        # tiktoken merges by id, so ids must rise in merge order. -1, a missing token, is below the 0 in front
         joined = [m.replace(' ', '') if isinstance(m, str) else ''.join(m) for m in model['merges']]
         ids = [0] + [model['vocab'].get(token, -1) for token in joined]
         check(END in special and ids == sorted(ids), f'{path}: no {END}, or ids not in merge order')
@@ -743,7 +743,7 @@ def learn_bpe(texts, n_tokens):
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?=\d)|\s+(?!\S)|\s+"
     pieces = Counter(piece for text in texts for piece in re.findall(pattern, text))
     counts = list(pieces.values())  # how often each piece occurs in the texts
-    # pieces as bracketed tokens, at first one per byte: ‹c›‹a›‹t›. Tokens are latin-1: no ‹ or › in them
+    # pieces as tokens in brackets (no ‹ or › in latin-1), so that replace() joins whole tokens: ‹c›‹a›‹t›
     words = [''.join(f'‹{chr(b)}›' for b in piece.encode('utf-8', 'replace')) for piece in pieces]
     pairs = Counter()  # (left, right) -> how often they are neighbors in the texts
     def add_pairs(word, n):
@@ -757,7 +757,7 @@ def learn_bpe(texts, n_tokens):
         (left, right), most = pairs.most_common(1)[0]
         if most < 2:
             break
-        tokens[left + right] = len(tokens)  # always new: equal strings were always merged alike
+        tokens[left + right] = len(tokens)  # never a second spelling: all joins are made everywhere
         apart, joined = f'‹{left}›‹{right}›', f'‹{left}{right}›'
         for i, word in enumerate(words):
             if apart in word:
@@ -806,7 +806,7 @@ def encode_answer(tokenizer, cfg, answer):
 
 def collate(items, cfg, tokenizer, transform):
     """[(image, [(prompt, answer), ...]), ...] -> images (B,3,P,P); ids, targets and positions (B,T).
-    A row holds all texts of an image, cut at block_size. positions is None if no row has several texts.
+    A row holds all texts of an image, cut to fit block_size. positions is None if no row has several texts.
         ids        what  color  red  shape  star    the texts 'what color red' and 'shape star'
         targets    -100  red    END  star   END     shifted within each text, not across; -100: not scored
         positions  0     1      2    0      1       count from 0 in each text"""
