@@ -231,12 +231,12 @@ def read_folder(path):
         for file in [os.path.join(folder, name) for name in sorted(names)]:
             if is_picture(file):
                 first_path[file] = by_real_path.setdefault(os.path.realpath(file), file)
-            elif file.endswith(('.csv', '.tsv', '.json', '.jsonl', '.caption', 'captions.txt')):
+            elif re.search(r'\.(csv|tsv|jsonl?|caption)$|captions?\w*\.txt$', file.lower()):
                 tables.append(file)
     beside = {photo: os.path.splitext(photo)[0] + '.txt' for photo in first_path}
     has_captions = any(map(os.path.isfile, beside.values()))
     if tables and not has_captions:
-        raise ValueError(f'it contains {tables[0]}: set dataset to that file, or move it elsewhere')
+        raise ValueError(f'it contains {tables[0]}: set dataset to that file, rename it to .txt, or move it')
     classes = {os.path.dirname(os.path.relpath(photo, path)) for photo in first_path}
     if len(classes) == 1 and not has_captions and '' not in classes:
         print(f'{path}: no photo has a .txt file and all are in one folder, so its name, {classes.pop()}, '
@@ -251,7 +251,7 @@ def read_folder(path):
                 with open(text_file, encoding='utf-8-sig') as f:
                     row['caption'] = list(f)
             except (OSError, ValueError) as e:
-                row = ValueError(f'its captions cannot be read ({e})')
+                row = ValueError(f'{text_file}, its captions, is missing or not UTF-8 ({e})')
         else:
             row.update(prompt='what is this?', answer=os.path.basename(folder).replace('_', ' '))
         yield photo, row
@@ -296,7 +296,7 @@ def clean_text(value):
         return ''
     if isinstance(value, (int, float)):
         value = str(value)
-    if not isinstance(value, str) or re.match(r'\s*[\[{]\s*["\']', value):
+    if not isinstance(value, str) or '\0' in value or re.match(r'\s*[\[{]\s*["\']', value):
         raise ValueError(f'{str(value)[:40]} is not text')
     text = value.replace('<image>', '').strip()
     return text.encode('utf-8', 'replace').decode()  # lone surrogates, as in broken JSON, become ?
@@ -442,9 +442,9 @@ def open_table(path, pictures, prompt):
     valid = not text or (rows[:1] == [columns] and text.endswith('\n'))
     check(valid, f'save={path} does not begin with {",".join(columns)}, or its last line is incomplete')
     table = csv.writer(file, lineterminator='\n')
-    if not text:
-        table.writerow(columns)
     def append(picture, answer):
+        if file.tell() == 0:
+            table.writerow(columns)
         table.writerow([*key(picture), answer])
     saved = {tuple(row[:-1]) for row in rows}
     left = [picture for picture in pictures if key(picture) not in saved]

@@ -33,25 +33,22 @@ top_p = 0.9                      # sample from the top tokens with this total pr
 seed = time.time_ns() % 2**31    # for sampling; random by default
 device = 'auto'                  # 'auto', 'cpu', 'mps', 'cuda', 'cuda:1', ...
 dtype = 'auto'                   # 'auto', 'float32', 'bfloat16' or 'float16'
-compile = False                  # torch.compile: faster on a GPU, after minutes of compiling; not on a CPU
+compile = False                  # torch.compile: on a GPU faster after minutes of compiling; no gain on a CPU
 
 # the model --------------------------------------------------------------------------------------------
-def report(message):
-    print(f'sample.py: {message}', file=sys.stderr)
-
 def load_model(where):
     """Loads init_from, else the checkpoint in out_dir, else (for a given picture) the public nanoVLM-222M."""
     path = os.path.expanduser(init_from or f'{out_dir}/ckpt.pt')
     if image and not init_from and not os.path.exists(path):
-        report(f'no {path}: using the public nanoVLM-222M (888 MB, downloaded once to {torch.hub.get_dir()})')
+        print(f'no {path}: using the public nanoVLM-222M (888 MB, in {torch.hub.get_dir()})', file=sys.stderr)
         path = 'nanovlm-222m'
     if path.endswith('.pt'):
         model, tok, extra = load_checkpoint(path, where)
         usual_prompt = not prompt or (prompt.islower() and prompt.endswith('?'))
         usual_image = not image or image.endswith('drawn.png')
         if not (usual_prompt and usual_image) and extra.get('settings', {}).get('dataset') == 'shapes':
-            report('this model only knows drawn shapes, and questions in lower case with a ? at the end; for '
-                   f'photos: python sample.py --init_from=nanovlm-222m --image="{image or "cat.jpg"}"')
+            print('this model only knows drawn shapes, and questions in lower case with a ? at the end; for '
+                  'photos, add --init_from=nanovlm-222m', file=sys.stderr)
         return model, tok
     check({'encoder', 'text'} <= {*read_config(path)}, f'{path} is only an encoder or a decoder; see README')
     model = MinimalVLM.from_pretrained(path).to(where)
@@ -67,8 +64,7 @@ def rank_choices(model, tok, pixels, ids, texts):
 
 def stream_answer(model, tok, pixels, ids, options):
     """Prints an answer as it is generated, then the speed. -> its token ids"""
-    said = []
-    times = [time.time()]
+    said, times = [], [time.time()]
     def new_tokens():
         for token in model.stream(pixels[None], ids[None], max_new_tokens, **options):
             said.append(token.item())
@@ -95,7 +91,7 @@ def answer_in_batches(model, tok, paths, ids, options, failed):
         left = len(paths) - n - size
         if left > 0:
             each = (time.time() - began) / (n + size)
-            report(f'{left} pictures left, {each:.2f} s each: {left * each / 60:.1f} min')
+            print(f'{left} pictures left, {each:.2f} s each: {left * each / 60:.1f} min', file=sys.stderr)
 
 def draw_attention(model, tok, pixels, ids, said, picture, path):
     """Saves the picture and, for each word, the visual tokens it attended to more than others did."""
@@ -139,6 +135,8 @@ def main(argv=None):
     map_path = os.path.expanduser(attention)
     drawable = map_path.lower().endswith('.png') and os.path.isdir(os.path.dirname(map_path) or '.')
     check(drawable or not attention, f'attention={attention}: not a .png file in an existing folder')
+    is_input = os.path.realpath(map_path) in map(os.path.realpath, paths)
+    check(not is_input, f'attention={attention} would replace the picture')
     check(single or not attention, 'attention needs one picture and num_samples=1, without save')
     if save:
         append, paths = open_table(save, paths, prompt)
@@ -151,6 +149,8 @@ def main(argv=None):
         os.makedirs(os.path.dirname(paths[0]), exist_ok=True)
         Shapes('val', seed, pixels=512)[0][0].save(paths[0])
     ids = torch.tensor(encode_prompt(tok, model.cfg, prompt), device=where)
+    if len(tok.encode(prompt)) > len(ids):
+        print(f'the prompt is too long: only its last {len(ids)} tokens are used', file=sys.stderr)
     options = dict(temperature=temperature, top_p=top_p, top_k=top_k, stop=tok.end)
     failed = []
     if texts or single:
@@ -172,7 +172,7 @@ def main(argv=None):
 if __name__ == '__main__':
     sys.stdout.reconfigure(errors='replace')  # for names and answers a terminal cannot show
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C stops at once, without a traceback
-    if hasattr(signal, 'SIGPIPE'):
+    if hasattr(signal, 'SIGPIPE'):  # not on Windows
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # exit quietly when piped into `head`
     try:
         main()

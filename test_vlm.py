@@ -3267,7 +3267,16 @@ def test_a_text_file_in_another_encoding_costs_its_photo_only(tmp_path, settings
     (tmp_path / '1.txt').write_bytes('Möwe'.encode('cp1252'))
 
     assert read_items(tmp_path) == {0: [('', 'x')]}
-    assert "1.png: its captions cannot be read ('utf-8'" in capfd.readouterr().err
+    assert "1.txt, its captions, is missing or not UTF-8 ('utf-8'" in capfd.readouterr().err
+
+def test_utf_16_without_a_mark_is_no_text(tmp_path, settings, capfd):
+    """Its zero bytes are valid UTF-8."""
+    make_photos(tmp_path, 2)
+    (tmp_path / '0.txt').write_text('x')
+    (tmp_path / '1.txt').write_bytes('a dog'.encode('utf-16-le'))
+
+    assert read_items(tmp_path) == {0: [('', 'x')]}
+    assert '1.png: a' in capfd.readouterr().err
 
 def test_the_same_photo_by_two_names_has_the_texts_of_both(tmp_path, settings):
     make_photos(tmp_path / 's', 1)
@@ -3313,7 +3322,7 @@ def test_photos_without_captions_or_classes_are_refused(tmp_path, settings):
     make_photos(tmp_path, 2)
     train.dataset = str(tmp_path)
 
-    with pytest.raises(UserError, match='none of its 2 rows .*: its captions cannot be read') as error:
+    with pytest.raises(UserError, match='none of its 2 rows .*0.txt, its captions, is missing') as error:
         train.make_datasets()
 
     assert_one_line(error)
@@ -3574,7 +3583,8 @@ def test_the_column_of_images_may_have_any_of_these_names(tmp_path, settings, na
 
     assert read_items(tmp_path / 'a.csv') == {0: [('', 'x')]}
 
-@pytest.mark.parametrize('name', ['labels.csv', 'labels.tsv', 'labels.json', 'labels.jsonl', '0.caption'])
+@pytest.mark.parametrize('name', ['labels.csv', 'labels.tsv', 'labels.json', 'labels.jsonl', '0.caption',
+                                  'captions_train.txt', 'Caption.txt'])
 def test_a_folder_with_captions_in_another_file_has_no_classes(tmp_path, settings, name):
     make_photos(tmp_path / 'photos', 2)
     (tmp_path / 'photos' / name).write_text('any')
@@ -4750,7 +4760,7 @@ def test_a_step_whose_gradient_is_not_finite_leaves_no_trace(run, monkeypatch, c
     assert_same_state(before['model'], after['model'])
     for a, b in zip(before['optimizers'], after['optimizers']):
         assert_same_state(a['state'], b['state'])
-    assert 'step 1: the gradient is not finite' in capfd.readouterr().out
+    assert 'step 2: the gradient is not finite' in capfd.readouterr().out
 
 def test_twenty_spoiled_steps_in_a_row_end_the_run_and_fewer_do_not(run, monkeypatch):
     options = [*QUICK, *SMALL, '--max_iters=30', '--eval_samples=0']
@@ -5169,6 +5179,34 @@ def test_large_pictures_that_are_not_jpegs_are_reduced_when_read(tmp_path):
 
     assert 89 <= min(image.size) < 3 * 89
     assert image.width / image.height == pytest.approx(1.5, abs=0.02)
+
+def test_an_overwritten_checkpoint_is_kept_so_that_resuming_cannot_continue_it(tmp_path, run, monkeypatch):
+    old = run(*QUICK, '--max_iters=1')
+    monkeypatch.setattr(train, 'train_step', mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(*QUICK, '--overwrite', '--seed=2', '--max_iters=1')
+
+    with pytest.raises(UserError, match='no checkpoint'):
+        run('--init_from=resume')
+
+    assert_same_state(torch.load(tmp_path / 'out/ckpt-old.pt', weights_only=True)['model'], old['model'])
+
+def test_resuming_says_what_changes_and_how_many_steps_are_done(run, capfd):
+    run(*QUICK, '--max_iters=1', '--batch_size=2')
+    capfd.readouterr()
+
+    run('--init_from=resume', '--batch_size=3', '--max_iters=2')
+
+    said = capfd.readouterr().out.splitlines()
+    assert said[:2] == ['batch_size: 2 -> 3', 'max_iters: 1 -> 2']
+    assert said[2].endswith('ckpt.pt: 1 of 2 steps are done')
+
+def test_an_evaluation_only_that_fails_is_an_error(run, monkeypatch):
+    run(*QUICK, '--max_iters=1')
+    monkeypatch.setattr(train, 'evaluate', mock.Mock(side_effect=UserError('no image')))
+
+    with pytest.raises(UserError, match='no image'):
+        run('--init_from=resume', '--eval_only')
 
 def test_an_out_dir_that_cannot_be_made_is_named(run):
     with pytest.raises(OSError, match='/dev/null/out'):  # one line: see the test of the end of train.py
@@ -6134,6 +6172,17 @@ def test_pictures_of_a_folder_may_have_endings_in_capitals(folder):
 
     assert f'{folder}/IMG_1.JPG' in data.find_pictures(str(folder))
 
+@pytest.mark.parametrize('path', ['a.png', './a.png'])
+def test_attention_does_not_replace_the_picture(folder, talk, monkeypatch, path):
+    monkeypatch.chdir(folder)
+    before = (folder / 'a.png').read_bytes()
+
+    with pytest.raises(UserError, match=f'attention={path} would replace the picture') as error:
+        talk('--out_dir=.', '--image=a.png', f'--attention={path}', '--max_new_tokens=2')
+
+    assert_one_line(error)
+    assert (folder / 'a.png').read_bytes() == before
+
 @pytest.mark.parametrize('pictures, path, words', [
     ('a.png,b.png', 'look.png', 'attention needs one picture'),
     ('a.png', 'nowhere/look.png', 'nowhere/look.png: not a .png file in an existing folder'),
@@ -6347,7 +6396,7 @@ def test_pictures_are_answered_in_batches_as_each_one_alone(folder, photos, talk
     assert printed.splitlines() == expected
     assert sizes == [2, 2, 1]
     assert [line.split(',')[0] for line in errors.splitlines()] == [
-        f'sample.py: {left} pictures left' for left in (3, 1)]
+        f'{left} pictures left' for left in (3, 1)]
 
 def test_the_time_left_is_that_of_the_pictures_left(folder, photos, talk, monkeypatch):
     """By a clock that goes on by a minute each time it is read: two pictures a minute."""
@@ -6355,8 +6404,8 @@ def test_the_time_left_is_that_of_the_pictures_left(folder, photos, talk, monkey
 
     _, _, errors = talk(f'--out_dir={folder}', f'--image={photos}', '--batch_size=2', '--max_new_tokens=2')
 
-    assert errors.splitlines()[0] == 'sample.py: 3 pictures left, 30.00 s each: 1.5 min'
-    assert errors.splitlines()[1] == 'sample.py: 1 pictures left, 30.00 s each: 0.5 min'
+    assert errors.splitlines()[0] == '3 pictures left, 30.00 s each: 1.5 min'
+    assert errors.splitlines()[1] == '1 pictures left, 30.00 s each: 0.5 min'
 
 def test_saved_answers_are_a_data_set_for_training(folder, photos, talk, monkeypatch):
     (folder / 'tables').mkdir()
@@ -6442,6 +6491,23 @@ def test_a_saved_answer_is_one_line_even_with_line_breaks_in_it(folder, talk, mo
 
     assert (folder / 'c.csv').read_text() == 'image,caption\na.png,A B\n'
 
+def test_a_table_without_answers_is_empty_so_that_its_columns_may_change(folder, talk):
+    image, table = f'--image={folder}/a.png', f'--save={folder}/c.csv'
+    with pytest.raises(UserError, match='no checkpoint'):
+        talk('--init_from=missing.pt', image, table)
+
+    talk(f'--out_dir={folder}', image, table, '--prompt=what?', '--max_new_tokens=2')
+
+    assert (folder / 'c.csv').read_text().splitlines()[0] == 'image,prompt,answer'
+
+@pytest.mark.parametrize('n, cut', [(20, False), (200, True)])
+def test_a_prompt_that_is_too_long_is_cut_and_said_to_be(folder, talk, n, cut):
+    _, _, errors = talk(f'--out_dir={folder}', f'--image={folder}/a.png', f'--prompt={n * "?"}')
+
+    model, _, _ = load_checkpoint(folder / 'ckpt.pt')
+    room = model.cfg.block_size - model.cfg.n_visual
+    assert (f'the prompt is too long: only its last {room // 2} tokens are used' in errors) == cut
+
 def test_an_empty_answer_is_saved_too_so_that_its_picture_is_done(folder, talk, monkeypatch):
     monkeypatch.setattr(vlm, 'sample_top_p', always(256))  # end-of-text
 
@@ -6503,15 +6569,14 @@ def test_a_model_that_knows_only_drawn_shapes_says_so_about_a_picture(trained, t
     _, _, about_its_scene = talk(f'--out_dir={trained[0]}')
     _, _, about_it_again = talk(f'--out_dir={trained[0]}', f'--image={trained[0]}/drawn.png')
 
-    command = f'python sample.py --init_from=nanovlm-222m --image="{trained[0]}/scene.png"\n'
-    assert about_a_picture.startswith('sample.py: this model only knows drawn shapes, and ')
-    assert about_a_picture.endswith(command)
+    assert about_a_picture.startswith('this model only knows drawn shapes, and ')
+    assert about_a_picture.endswith('for photos, add --init_from=nanovlm-222m\n')
     assert about_its_scene == about_it_again == ''
 
 def test_a_model_of_shapes_names_a_command_for_photos_even_without_a_picture(trained, talk):
     _, _, errors = talk(f'--out_dir={trained[0]}', '--prompt=What is it?')
 
-    assert errors.endswith('python sample.py --init_from=nanovlm-222m --image="cat.jpg"\n')
+    assert errors.endswith('for photos, add --init_from=nanovlm-222m\n')
 
 def test_a_model_of_shapes_says_which_questions_it_knows(trained, talk):
     data.Shapes('val', 3)[0][0].save(trained[0] / 'drawn.png')

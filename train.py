@@ -25,12 +25,12 @@ log_interval = 50                # steps between log lines
 eval_iters = 20                  # held-out batches for the validation loss
 eval_samples = 200               # held-out items to answer (at the end, 16 times as many on shapes); 0 = none
 eval_only = False                # with init_from=resume: evaluate, then exit
-overwrite = False                # start a new run even if out_dir has a checkpoint, and replace it
+overwrite = False                # start a new run even if out_dir has a ckpt.pt, which becomes ckpt-old.pt
 dataset = 'shapes'               # 'shapes', a caption file (.csv .tsv .txt .jsonl .json) or folder
 val_dataset = ''                 # the same, for validation; '' = hold out 5% of the images
 image_dir = ''                   # folder of the images; '' = that of the caption file, or its images/
 val_image_dir = ''               # the same, for val_dataset; '' = image_dir
-blind = False                    # train on black images: a baseline that cannot see
+blind = False                    # train and evaluate on black images: a baseline that cannot see
 augment = False                  # random flips, crops and colors; wrong if texts say left or right
 num_workers = -1                 # data loading processes; 0 = none, -1 = automatic
 batch_size = 16                  # images per forward pass, across all processes
@@ -56,8 +56,8 @@ min_lr = 0.0                     # at max_iters, as a fraction of the peak (in n
 device = 'auto'                  # 'auto', 'cpu', 'mps', 'cuda', 'cuda:1', ...
 dtype = 'auto'                   # 'auto', 'float32', 'bfloat16', 'float16' (with loss scaling)
 grad_checkpointing = False       # recompute activations in backward: less memory, slower
-compile = False                  # torch.compile: faster on a GPU, after minutes of compiling; not on a CPU
-seed = 1337                      # for initialization, data order, dropout and scenes
+compile = False                  # torch.compile: on a GPU faster after minutes of compiling; no gain on a CPU
+seed = 1337                      # for initialization, data order, augmentation, dropout and scenes
 
 # device -----------------------------------------------------------------------------------------------
 def find_device(device, dtype):
@@ -94,7 +94,7 @@ def make_datasets():
         held_out = find_images(val_dataset, val_image_dir or image_dir)
         return CaptionedImages(texts, folder), CaptionedImages(*held_out)
     check(len(texts) > 1, f'dataset={dataset}: needs at least two images: one is held out')
-    # ordered by a hash of the name (ascii: it may not be UTF-8): adding images moves few between the sets
+    # ordered by a hash of the name, so that new images move few others; ascii(): it may not be UTF-8
     in_order = sorted(texts, key=lambda name: random.Random(ascii(name.replace(os.sep, '/'))).random())
     val_texts = {name: texts.pop(name) for name in in_order[: math.ceil(len(texts) / 20)]}
     return CaptionedImages(texts, folder), CaptionedImages(val_texts, folder)
@@ -120,7 +120,7 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, n):
         seed, batch_size, texts_per_image = self.settings
-        epoch, n = divmod(n, max(1, self.data.n_images // batch_size))
+        epoch, n = divmod(n, max(1, self.data.n_images // batch_size))  # no partial last batch
         order = torch.randperm(self.data.n_images, generator=torch.Generator().manual_seed(seed + epoch))
         rng = random.Random(f'{seed} {epoch} {n} {self.part}')
         torch.manual_seed(rng.randrange(2**60))  # for the augmentation
@@ -135,16 +135,16 @@ def ignore_signals(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 def load(batches, numbers, where):
-    """Yields the batches with these numbers, moved to where, a torch.device."""
+    """Yields batches[n] for each n in numbers, its tensors moved to where, a torch.device."""
     workers = num_workers
     if workers < 0:  # drawing scenes takes little time next to a step, except on a fast GPU
         workers = 0 if dataset == 'shapes' and where.type != 'cuda' else min(8, os.cpu_count())
     if workers and os.path.isdir('/dev/shm'):  # holds up to three batches from each worker
-        needed = 3 * workers * batch_size * 3 * batches.cfg.image_size**2
+        needed = 3 * workers * batch_size * (3 * batches.cfg.image_size**2)  # bytes of RGB
         free = shutil.disk_usage('/dev/shm').free
         check(free > needed, f'{workers} workers need {needed >> 20} MB in /dev/shm, but {free >> 20} MB is '
                              'free: try docker run --shm-size=1g, or --num_workers=0')
-    pinned = where.type == 'cuda'  # elsewhere a copy that does not block may read freed memory
+    pinned = where.type == 'cuda'  # so that copies need not block; elsewhere the source may be freed
     options = dict(num_workers=workers, worker_init_fn=ignore_signals, pin_memory=pinned)
     loader = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=numbers, **options))
     if workers:  # these ignore SIGTERM: without this, Python's exit would wait for them forever
@@ -152,20 +152,20 @@ def load(batches, numbers, where):
     try:
         for batch in loader:
             yield [None if x is None else x.to(where, non_blocking=pinned) for x in batch]
-        if workers:  # these have exited: the handler would only keep their pipes open
+        if workers:  # they exited with the last batch: the handler would keep their pipes open
             atexit.unregister(loader._shutdown_workers)
     except UserError as e:  # from a worker, the message follows a traceback
         raise UserError(str(e).split('UserError: ')[-1].strip()) from e
 
 def report_cut_texts(groups, cfg, tokenizer):
-    """Reports how many texts are too long for block_size. groups: for each image, [(prompt, answer), ...]"""
+    """Reports how many texts do not fit, each on its own. groups: for each image, [(prompt, answer), ...]"""
     room = cfg.block_size - cfg.n_visual  # tokens after the image
     endless = replace(cfg, block_size=10**9)  # does not cut prompts
     needed = []
     for prompt, answer in [text for texts in groups for text in texts]:
         n_prompt = len(encode_prompt(tokenizer, endless, prompt))
         n = n_prompt + len(encode_answer(tokenizer, cfg, answer)) - 1  # the last isn't fed in
-        needed.append(max(n, 2 * n_prompt))  # a prompt is cut to half of the room
+        needed.append(max(n, 2 * n_prompt))  # encode_prompt cuts to half of the room
     cut = sum(n > room for n in needed)
     if cut:
         print(f'{cut} of {len(needed)} texts are too long and will be cut: '
@@ -180,7 +180,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             params = group['params']
             grads = torch.stack([p.grad.flatten(1) for p in params])  # (n,rows,columns)
-            mean = self.state[params[0]].setdefault('mean', torch.zeros_like(grads))  # the group's
+            mean = self.state[params[0]].setdefault('mean', torch.zeros_like(grads))  # of all n
             mean.lerp_(grads, 0.1)  # momentum 0.9: 0.95 is usual, but slows the small presets
             updates = orthogonalize(grads.lerp(mean, 0.9))  # Nesterov: one step ahead
             scale = math.sqrt(max(1, updates.size(1) / updates.size(2)))
@@ -202,26 +202,24 @@ def orthogonalize(x):
     return y.to(x.dtype)
 
 def make_optimizers(model):
-    """Muon for hidden matrices; AdamW for embeddings, positions, the first convolution, norms and biases, or
-    for everything. Weight decay applies to hidden matrices only."""
+    """Freezes parts. Muon for hidden matrices; AdamW for embeddings, positions, latents, the first
+    convolution, norms and biases, or for everything. Weight decay applies to hidden matrices only."""
     parts = ['vision', 'projection', 'decoder']
     frozen = re.findall(r'\w+', freeze)
     check(set(frozen) < set(parts), f'freeze={freeze}: expected one or two of {", ".join(parts)}')
     scales = dict(re.findall(r'(\w+)=(\d*\.?\d+(?:e-?\d+)?)', lr_scale))
-    understood = ','.join(map('='.join, scales.items())) == lr_scale.replace(' ', '')  # nothing was skipped
-    check(understood and set(scales) <= set(parts), f'lr_scale={lr_scale}: expected e.g. vision=0.1')
+    complete = ','.join(map('='.join, scales.items())) == lr_scale.replace(' ', '')  # findall skips
+    check(complete and set(scales) <= set(parts), f'lr_scale={lr_scale}: expected e.g. vision=0.1')
     check(optimizer in ('muon', 'adamw'), f'optimizer={optimizer} must be muon or adamw')
     groups = defaultdict(list)  # by (matrix shape for Muon or None, rate factor, has weight decay)
     for name, p in model.named_parameters():
         part = name.split('.')[0]
         p.requires_grad_(part not in frozen)
-        outer = re.search(r'embedding|latents|stem\.(0\.)?weight|layers\.0\.weight', name)
-        hidden = p.dim() > 1 and not outer
+        hidden = p.dim() > 1 and not re.search(r'embedding|latents|stem\.(0\.)?weight|layers\.0\.', name)
         shape = p.flatten(1).shape if hidden and optimizer == 'muon' else None
         if p.requires_grad:
             groups[shape, float(scales.get(part, 1)), hidden].append(p)
-    muon = []
-    adamw = []
+    muon, adamw = [], []
     for (shape, scale, hidden), params in groups.items():
         rate = scale * (muon_lr if shape else learning_rate)
         group = dict(params=params, full_lr=rate, weight_decay=weight_decay if hidden else 0.0)
@@ -233,7 +231,7 @@ def make_optimizers(model):
 
 def rate_factor(step):
     """Linear warmup, then linear decay to min_lr at max_iters."""
-    left = min(1, (max_iters - step) / max(1, max_iters - warmup_iters))
+    left = min(1, (max_iters - step) / max(1, max_iters - warmup_iters))  # from 1 after warmup to 0
     return min(1, (step + 1) / (warmup_iters + 1)) * (min_lr + (1 - min_lr) * left)
 
 # evaluation -------------------------------------------------------------------------------------------
@@ -244,21 +242,20 @@ def choose_items(data, n, kind=''):
         image, texts = data[i]
         texts = [(q, a) for q, a in texts if not kind or (kind == 'question') == bool(q)]
         if texts:
-            items.append((image, [texts[len(items) % len(texts)]]))  # the nth item gets its nth text
+            items.append((image, [texts[len(items) % len(texts)]]))  # its 1st, 2nd, ... in turn
     return items
 
 def exact_answers(model, tok, items, title):
     """Prints and returns the share of items that greedy generation answers word for word. One forward pass
-    suffices: greedy text equals the truth if each of its tokens is the most likely one."""
+    suffices: greedy text equals the truth if each token is the likeliest after the true ones."""
     where = model.decoder.embedding.weight.device
-    asked = Counter()  # by kind of text
-    exact = Counter()
-    for i in range(0, len(items), 4 * batch_size):  # no gradients, so larger batches fit
-        batch = items[i : i + 4 * batch_size]
+    asked, exact = Counter(), Counter()  # by kind of text
+    for i in range(0, len(items), 64):  # many at a time: without gradients, they take little memory
+        batch = items[i : i + 64]
         images, ids, targets, _ = collate(batch, model.cfg, tok, make_transform(model.cfg))
         logits, _ = model(images.to(where), ids.to(where), targets.to(where))
-        likeliest = targets.clone()
-        likeliest[targets != -100] = logits.argmax(dim=-1).cpu()  # all others count as right
+        likeliest = targets.clone()  # unscored positions count as right
+        likeliest[targets != -100] = logits.argmax(dim=-1).cpu()  # the logits of the others
         right = (likeliest == targets).all(dim=1) & (targets == tok.end).any(dim=1)  # and not cut
         for (_, [(prompt, _)]), is_right in zip(batch, right.tolist()):
             kind = ' '.join(prompt.split()[:2]) or 'caption'
@@ -293,13 +290,13 @@ def evaluate(model, batches, step, last, where):
     own = swapped = count = 0
     for images, ids, targets, positions in load(batches, range(eval_iters), where):
         n = (targets != -100).sum().item()
-        # swapped: each text with the image of its neighbor in the batch
         own += n * model(images, ids, targets, positions)[1].item()
+        # swapped: each text with the image of its neighbor in the batch
         swapped += n * model(images.roll(1, 0), ids, targets, positions)[1].item()
         count += n
     own, swapped, share = own / count, swapped / count, math.nan
     gain = f'with images swapped {swapped:.4f}, image gain {swapped - own:.4f}'
-    if len(images) == 1:  # the last batch, but all are equally large
+    if len(images) == 1:  # in each batch: a text is its own neighbor
         swapped = math.nan
         gain = 'image gain unknown: it needs two held-out images in a batch'
     print(f'step {step}: held-out loss {own:.4f}, {gain}')
@@ -328,11 +325,11 @@ def make_model(texts):
     for name in [part.strip() for part in names.split(',') if names != 'scratch']:
         config = read_config(name)
         if 'text' in config and os.path.isfile(os.path.expanduser(f'{name}/tokenizer.json')):
-            config['tokenizer'] = name  # not the repository that nanoVLM's config.json names
+            config['tokenizer'] = name  # the folder's own, not the repository that its config names
         published |= config
     cfg = vars(PRESETS[preset]) | published
     tok = Tokenizer.make(tokenizer or cfg['tokenizer'], texts, vocab_size or cfg['vocab_size'])
-    if 'text' not in published:
+    if 'text' not in published:  # a new decoder: as many ids as the tokenizer has
         cfg['vocab_size'] = tok.vocab_size
     elif tok.name in ('bytes', 'bpe') or tok.vocab_size > cfg['vocab_size']:  # the decoder learned other ids
         raise UserError(f'tokenizer={tok.name} does not fit the decoder')
@@ -367,15 +364,17 @@ def read_settings(argv):
     for name, value in checkpoint['settings'].items():  # unless removed or of another type now
         if name not in ('out_dir', 'init_from') and type(value) is type(settings.get(name)):
             globals()[name] = value
-    before = dict(globals())
+    before = dict(globals())  # a copy: override changes the globals
     settings = override(globals(), argv)  # again, on top of the saved ones
     fixed = 'preset tokenizer vocab_size image_size block_size projection dropout optimizer freeze lr_scale'
-    for name in fixed.split():
-        check(settings[name] == before[name], f'{name}={settings[name]} cannot change when resuming')
+    for name in [name for name in settings if settings[name] != before[name]]:
+        check(name not in fixed.split(), f'{name}={settings[name]} cannot change when resuming')
+        print(f'{name}: {before[name]} -> {settings[name]}')
+    print(f'{path}: {checkpoint["step"]} of {max_iters} steps are done')
     return settings, model, tok, checkpoint
 
 def catch_signals():
-    """-> a list to which SIGINT and SIGTERM are added. A second one kills the process at once."""
+    """-> a list to which SIGINT and SIGTERM are added. The same one again kills the process at once."""
     stopped = []
     def stop(number, frame):
         stopped.append(number)
@@ -388,7 +387,7 @@ def catch_signals():
 
 def train_step(model, net, optimizers, scaler, autocast, batches, step):
     """One optimizer step on the mean gradient of the batches -> their mean loss, and whether it was made: if
-    the gradient is not finite, nothing changes. net is the model, perhaps compiled and wrapped in DDP."""
+    the gradient is not finite, the model stays as it was. net: the model, perhaps compiled and in DDP."""
     buffers = [buffer.clone() for buffer in model.buffers()]  # batch norm statistics
     model.train()
     for part in re.findall(r'\w+', freeze):
@@ -412,7 +411,7 @@ def train_step(model, net, optimizers, scaler, autocast, batches, step):
     else:
         for buffer, saved in zip(model.buffers(), buffers):
             buffer.copy_(saved)
-        print(f'step {step}: the gradient is not finite, so the step is skipped')
+        print(f'step {step + 1}: the gradient is not finite, so the step is skipped')
     scaler.update()
     model.zero_grad()
     return total, finite
@@ -448,10 +447,10 @@ def main(argv=None):
     if init_from != 'resume':
         model, tok = make_model([' '.join(pair) for texts in all_texts for pair in texts])
     report_cut_texts(all_texts[:5000], model.cfg, tok)  # more would take minutes
-    train_set.min_size = val_set.min_size = int(1.4 * model.cfg.image_size)  # room for augment's crops
+    train_set.min_size = val_set.min_size = int(1.4 * model.cfg.image_size)  # of photos: room for crops
     model.to(where, memory_format=torch.channels_last)  # convolutions are faster in this format
     for module in model.modules():
-        module.grad_checkpointing = grad_checkpointing
+        module.grad_checkpointing = grad_checkpointing  # each Transformer reads its own
 
     # 4. optimizers and batches; a resumed run restores their state, but takes rates from its settings
     optimizers = make_optimizers(model)
@@ -471,16 +470,17 @@ def main(argv=None):
     # 5. the log; a signal stops the run after its step
     log_path = f'{folder}/log.csv' if rank == 0 and not eval_only else os.devnull
     rows = []
-    if step and os.path.exists(log_path):  # keep the header and the rows up to the last save
+    if step and os.path.exists(log_path):  # keep rows up to the last save; the header's step is 0
         with open(log_path, encoding='utf-8', errors='replace') as f:
             rows = [row.rstrip() + '\n' for row in f if int(re.match(r'\d*', row)[0] or 0) <= step]
+    if rank == 0 and init_from != 'resume' and os.path.exists(f'{folder}/ckpt.pt'):  # overwrite allows it
+        os.replace(f'{folder}/ckpt.pt', f'{folder}/ckpt-old.pt')  # or resume would continue the old run
     log = open(log_path, 'w', buffering=1)
     log.writelines(rows or ['step,seconds,loss,val_loss,val_loss_swapped,exact\n'])
     stopped = catch_signals()
     size = sum(map(torch.numel, model.parameters()))
     print(f'{size / 1e6:.2f}M parameters, {tok.vocab_size} tokens, {where}, {dtype}')
-    losses = []  # of the steps since the last log line
-    skipped = 0  # steps in a row
+    losses, skipped = [], 0  # since the last log line; steps skipped in a row
     since = time.time()  # start of a log interval
     began = since - checkpoint.get('seconds', 0)  # of the whole run
     while True:
@@ -498,7 +498,7 @@ def main(argv=None):
                 try:
                     save_checkpoint(f'{folder}/ckpt.pt', model, tok, **state)
                 except UserError as e:  # perhaps a full disk: the next save may succeed
-                    check(not last, str(e))
+                    check(not last, str(e))  # raises, if this was the last
                     print(f'step {step}: {e}')
             if not halt:
                 try:
@@ -507,7 +507,8 @@ def main(argv=None):
                         log.write(f'{step},{time.time() - began:.1f},,{own:.5f},{swapped:.5f},{share:.4f}\n')
                         shown = Shapes('val', seed, pixels=624) if dataset == 'shapes' else val_set  # sharper
                         draw_samples(model, tok, choose_items(shown, 6), f'{folder}/samples.png')
-                except (UserError, OSError) as e:  # an unreadable image, a full disk
+                except (UserError, OSError) as e:  # no readable image, a full disk
+                    check(not eval_only, str(e))
                     print(f'step {step}: the evaluation failed: {e}')
             since += time.time() - pause  # this was not training time
         if last:
@@ -530,8 +531,7 @@ def main(argv=None):
                 print(f'{step},{time.time() - began:.1f},{loss:.5f},,,', file=log)
                 print(f'step {step}/{max_iters}: loss {loss:.4f}, {seconds * 1000:.0f} ms, '
                       f'{rate:.0f} images/s, {(max_iters - step) * seconds / 60:.1f} min left', flush=True)
-            losses = []
-            since = time.time()
+            losses, since = [], time.time()
     check(skipped < 20, '20 steps in a row were skipped: resume with --dtype=float32 or lower learning rates')
     if halt:
         print(f'stopped at step {step}: continue with --init_from=resume --out_dir={shlex.quote(out_dir)}')
@@ -550,11 +550,11 @@ if __name__ == '__main__':
     except RuntimeError as e:
         if 'out of memory' in str(e):  # Apple's GPUs have no torch.OutOfMemoryError
             sys.exit('train.py: out of GPU memory: see Troubleshooting in README.md')
-        if 'DataLoader worker (pid' not in str(e):  # raised wherever the run is when a worker dies
+        if 'DataLoader worker (pid' not in str(e):  # from a signal handler, so raised anywhere
             raise
         sys.exit('train.py: a data loading process died, perhaps out of memory: try --num_workers=0')
     except (UserError, OSError) as e:
-        if int(os.environ.get('RANK', 0)) > 0:  # rank 0 reports it, unless only this one failed
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun sends it when rank 0 ends
+        if int(os.environ.get('RANK', 0)) > 0:  # if rank 0 fails, too, its message is enough
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun then ends this one silently
             time.sleep(5)
         sys.exit(f'train.py: {e}')

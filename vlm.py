@@ -378,7 +378,7 @@ class MinimalVLM(nn.Module):
             pixels = transforms.functional.normalize(pixels, self.cfg.image_mean, self.cfg.image_std)
             visual = self.projection(self.vision(pixels))  # (B,N,C) or (1,N,C)
             x = torch.cat([visual.expand(len(ids), -1, -1), x], dim=1)  # (B,N+T,C)
-        check(0 < x.size(1) <= self.cfg.block_size, 'the sequence must have 1 to block_size tokens')
+        check(0 < x.size(1) <= self.cfg.block_size, f'block_size={self.cfg.block_size} is too small')
         return x
 
     def forward(self, images, ids, targets=None, positions=None):
@@ -571,7 +571,7 @@ def read_config(name):
     image_fields |= dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
     if name.startswith('resnet'):
         image_fields |= dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
-        return image_fields | dict(encoder=name, patch_size=32)
+        return image_fields | dict(encoder=name, patch_size=32, projection='mlp')
     path = fetch(name, 'config.json')
     config = dict(rms_norm_eps=1e-6) | read_json(path)  # transformers' default for a Llama
     kind = str(config.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # SigLIP's vision half
