@@ -418,19 +418,19 @@ def train_step(model, net, optimizers, scaler, autocast, batches, step):
 
 def main(argv=None):
     global dtype  # orthogonalize reads it
-    # 1. settings
+    # 1. settings; torchrun sets RANK and WORLD_SIZE
+    rank = int(os.environ.get('RANK', 0))
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    if rank > 0:  # only rank 0 prints (but each reports errors to stderr)
+        sys.stdout = open(os.devnull, 'w')
     settings, model, tok, checkpoint = read_settings(argv)
     folder = os.path.expanduser(out_dir)
     step = first_step = checkpoint.get('step', 0)  # steps done so far, with those that were skipped
     check(not augment or dataset != 'shapes', 'augment makes the texts of shapes wrong: leave it out')
     os.makedirs(folder, exist_ok=True)
 
-    # 2. device, precision and processes
+    # 2. device and precision
     where, dtype = find_device(device, dtype)
-    rank = int(os.environ.get('RANK', 0))
-    world = int(os.environ.get('WORLD_SIZE', 1))
-    if rank > 0:  # only rank 0 prints (but each reports errors to stderr)
-        sys.stdout = open(os.devnull, 'w')
     if world > 1:
         dist.init_process_group(timeout=datetime.timedelta(hours=2))  # time for rank 0 to evaluate
         atexit.register(dist.destroy_process_group)  # or its threads may abort the process at exit
