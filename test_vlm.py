@@ -89,7 +89,7 @@ def assert_one_line(error):
 
 # the files --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('name, limit', [
-    ('vlm.py', 850), ('data.py', 452), ('train.py', 560), ('sample.py', 180), ('test_vlm.py', 6800),
+    ('vlm.py', 850), ('data.py', 452), ('train.py', 560), ('sample.py', 180), ('test_vlm.py', 7200),
     ('README.md', 250)])
 def test_the_files_keep_to_their_length_and_width(name, limit):
     lines = (HERE / name).read_text(encoding='utf-8').splitlines()
@@ -2933,6 +2933,17 @@ def test_absent_pairs_whose_color_and_shape_are_both_there_are_asked_for_four_ti
     assert len(absent) / len(asked) == 1 / 2
     assert len(crossed) / len(absent) == pytest.approx(8 / 18, abs=0.03)
 
+def test_what_a_scene_has_most_of_is_counted_most_often():
+    """Else nearly all answers were one. Of red among three red things: 1/4 for itself, half of 1/4 as one of
+    six traits and 1/14 of 1/4 as one of all traits."""
+    rng = random.Random(0)
+    scene = [data.Thing('red', shape, 'small', 0, 0.2, 0.2, 0.1) for shape in ('circle', 'square', 'star')]
+
+    asked = [text for _ in range(4000) for text in data.ask_count(scene, rng, data.PAIRS)]
+
+    share = asked.count(('how many objects have the color red?', 'three')) / len(asked)
+    assert share == pytest.approx((1 + 1 / 2 + 1 / 14) / 4, abs=0.03)
+
 def test_the_things_of_a_scene_keep_apart():
     scenes = data.Shapes('train')
 
@@ -3449,6 +3460,13 @@ def test_images_are_also_found_in_a_folder_called_Images_as_flickr8ks(tmp_path, 
 
     assert items == {0: [('', 'one, number 0')], 1: [('', 'one, number 1')]}
 
+def test_a_caption_file_in_this_folder_has_its_images_in_images(tmp_path, settings, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_photos('images', 2)
+    (tmp_path / 'a.csv').write_text('image,caption\n0.png,x\n1.png,y\n')
+
+    assert read_items('a.csv') == {0: [('', 'x')], 1: [('', 'y')]}
+
 def test_the_class_is_the_name_of_the_innermost_folder(tmp_path, settings):
     make_photos(tmp_path / 'animals/sea_horse', 2)
 
@@ -3881,6 +3899,19 @@ def test_too_little_shared_memory_for_the_workers_is_refused(settings, monkeypat
     with pytest.raises(UserError, match='18 MB in /dev/shm, but 18 MB is .*--shm-size=.*--num_workers=0'):
         first_batches(batches, 1)
 
+def test_shared_memory_is_only_measured_where_it_is_a_folder(settings, monkeypatch):
+    """Macs have no /dev/shm."""
+    make = mock.Mock(side_effect=InterruptedError)
+    monkeypatch.setattr(torch.utils.data, 'DataLoader', make)
+    monkeypatch.setattr(os.path, 'isdir', mock.Mock(return_value=False))
+    monkeypatch.setattr(shutil, 'disk_usage', mock.Mock(side_effect=FileNotFoundError))
+    train.num_workers = 2
+
+    with pytest.raises(InterruptedError):
+        next(train.load(train.Batches(TenImages(), TINY, BYTES), range(9), torch.device('cpu')))
+
+    assert make.call_args.kwargs['num_workers'] == 2
+
 def test_a_worker_that_is_killed_ends_the_run_in_one_line(tmp_path):
     (tmp_path / 'dies.py').write_text(f"""
 import os, runpy, signal, sys, data, torch
@@ -4003,6 +4034,18 @@ def test_another_seed_shows_the_images_in_another_order(settings):
         orders.append(batch[0][:, 0, 0, 0].tolist())
 
     assert orders[0] != orders[1]
+
+def test_another_seed_draws_other_texts_of_the_images(settings):
+    train.batch_size = 10
+    train.texts_per_image = 1
+    drawn = []
+
+    for train.seed in (1, 2):
+        targets = train.Batches(TenImages(n_texts=9), TINY, BYTES)[0][2]
+        drawn.append([BYTES.decode(row[row >= 0].tolist())[-1] for row in targets])  # number of the text
+
+    assert set(drawn[0] + drawn[1]) <= set('012345678')
+    assert drawn[0] != drawn[1]
 
 def test_the_texts_of_images_are_drawn_anew_in_each_epoch(settings):
     train.batch_size = 10
@@ -4210,6 +4253,18 @@ def test_matrices_of_one_shape_are_orthogonalized_together_as_each_alone(setting
     alone = torch.cat([train.orthogonalize(matrix[None]) for matrix in x])
     assert_close(together, alone, 1e-5)
 
+def test_a_matrix_without_a_gradient_keeps_its_weights(settings):
+    torch.manual_seed(0)
+    idle, busy = [torch.nn.Parameter(torch.randn(32, 48)) for _ in range(2)]
+    idle.grad = torch.zeros(32, 48)
+    busy.grad = torch.randn(32, 48)
+    before = [idle.detach().clone(), busy.detach().clone()]
+
+    train.Muon([dict(params=[idle, busy], lr=0.1, weight_decay=0.0)], {}).step()
+
+    assert torch.equal(idle, before[0])
+    assert (busy - before[1]).abs().min() > 0
+
 def test_adamw_equals_torchs_with_weight_decay_for_matrices_alone(settings):
     train.optimizer = 'adamw'
     model = build(CFG)
@@ -4363,6 +4418,19 @@ def test_exact_answers_are_those_that_greedy_generation_gives(settings, overfitt
     assert printed == 'exact answers: 50.0% of 4 cards (caption 33.3%, what is 100.0%)\n'
 
 @torch.no_grad()
+def test_at_most_eight_kinds_of_questions_are_listed_the_most_frequent_ones(settings, overfitted, capfd):
+    model, items = overfitted
+    card = items[0][0]
+    asked = [f'{word} is it?' for word in 'who who what what why when where how which whose'.split()]
+    asked += ['whom is it?', 'can it?']
+
+    train.exact_answers(model, BYTES, [(card, [(question, 'a')]) for question in asked], 'cards')
+
+    kinds = re.findall(r'(\w+ \w+\??) [\d.]+%', capfd.readouterr().out.split('(')[1])
+    assert len(kinds) == 8
+    assert {'who is', 'what is'} <= set(kinds)
+
+@torch.no_grad()
 def test_samples_are_green_where_they_are_exact(tmp_path, settings, overfitted):
     model, items = overfitted
 
@@ -4390,6 +4458,15 @@ def test_samples_are_short_even_if_a_model_with_a_long_block_never_ends(tmp_path
     train.draw_samples(model, BYTES, items, tmp_path / 'samples.png')
 
     assert 100 <= len(tokens) <= 200
+
+def test_below_a_sample_are_at_most_six_lines(tmp_path, settings, monkeypatch):
+    monkeypatch.setattr(vlm, 'sample_top_p', always(65))
+    model = build(replace(TINY, block_size=4000))
+
+    items = [(Image.new('RGB', (64, 64)), [('is it ' + 'very ' * 20 + 'red?', 'a')])]
+    train.draw_samples(model, BYTES, items, tmp_path / 'samples.png')
+
+    assert Image.open(tmp_path / 'samples.png').height == 320 + 6 * 29
 
 def do_nothing(*args, **options):
     pass
@@ -4631,6 +4708,17 @@ def test_the_page_of_samples_shows_held_out_scenes(tmp_path, settings):
         tile = page.crop((x, y, x + 312, y + 312)).resize((8, 8), Image.Resampling.BOX)
         assert max(high for _, high in ImageChops.difference(scene, tile).getextrema()) < 20
 
+def test_scenes_on_the_page_of_samples_are_drawn_as_large_as_they_are_shown(run, monkeypatch):
+    """A tile is 320 pixels wide; smaller scenes would be blurred."""
+    draw = mock.Mock()
+    monkeypatch.setattr(train, 'draw_samples', draw)
+
+    run(*QUICK, *SMALL, '--eval_samples=0', '--max_iters=0')
+
+    items = draw.call_args[0][2]
+    assert len(items) == 6
+    assert min(image.width for image, _ in items) >= 312
+
 # train.py, the run ------------------------------------------------------------------------------------
 QUICK = """--device=cpu --dtype=float32 --tokenizer=bytes --batch_size=4 --num_workers=0 --max_iters=2
            --log_interval=1 --eval_iters=1 --eval_samples=2""".split()
@@ -4718,6 +4806,13 @@ def test_a_run_writes_a_log_a_page_of_samples_and_a_checkpoint(tmp_path, setting
     assert Image.open(tmp_path / 'out/samples.png').width == 960
     assert load_checkpoint(f'{tmp_path}/out/ckpt.pt')[2]['step'] == 2
 
+def test_the_printed_number_of_parameters_counts_frozen_ones_too(run, capfd):
+    end = run(*QUICK, *SMALL, '--eval_samples=0', '--max_iters=0', '--freeze=decoder')
+
+    statistics = ('running_mean', 'running_var', 'num_batches_tracked')
+    size = sum(x.numel() for name, x in end['model'].items() if not name.endswith(statistics))
+    assert f'{size / 1e6:.2f}M parameters, 257 tokens, cpu, float32\n' in capfd.readouterr().out
+
 def test_two_batches_of_4_have_the_gradient_of_one_batch_of_8(tmp_path, run, gradients):
     make_captioned_photos(tmp_path)
     options = [*QUICK, *'--max_iters=1 --overwrite --grad_clip=0 --freeze=vision'.split()]
@@ -4736,6 +4831,20 @@ def test_gradients_are_clipped_to_the_norm_grad_clip(run, gradients):
 
     total = torch.cat([grad.flatten() for grad in gradients[0]]).norm().item()
     assert total == pytest.approx(0.01, rel=1e-3)
+
+def test_with_grad_clip_0_gradients_of_any_norm_are_taken_as_they_are(run, gradients, monkeypatch):
+    def steep(model, *batch):
+        logits, loss = forward(model, *batch)
+        return logits, 1000 * loss
+    run(*QUICK, *SMALL, '--eval_samples=0', '--max_iters=1', '--grad_clip=0')
+    forward = MinimalVLM.forward
+    monkeypatch.setattr(MinimalVLM, 'forward', steep)
+
+    run(*QUICK, *SMALL, '--eval_samples=0', '--max_iters=1', '--grad_clip=0', '--overwrite')
+
+    for usual, large in zip(*gradients):
+        assert_close(large / 1000, usual, 1e-4)
+    assert max(grad.norm() for grad in gradients[1]) > 10
 
 def spoil(monkeypatch, steps):
     """Makes the loss of these training steps infinite."""
@@ -4812,6 +4921,15 @@ def test_a_frozen_vision_encoder_keeps_its_weights_and_its_statistics(tmp_path, 
     assert any('running_mean' in name for name in before)
     assert {name.split('.')[0] for name in changed} == {'projection', 'decoder'}
 
+def test_freeze_may_have_spaces(run):
+    ends = []
+
+    for parts in ('vision,decoder', 'vision, decoder'):
+        ends.append(run(*QUICK, *SMALL, '--eval_samples=0', f'--freeze={parts}', '--overwrite'))
+
+    assert ends[1]['step'] == 2
+    assert_same_state(ends[0]['model'], ends[1]['model'])
+
 def test_six_steps_are_three_and_three_more_bit_for_bit(tmp_path, run):
     make_photos(tmp_path / 'photos/dark', 12)
     options = '--preset=small --augment --num_workers=1 --gradient_accumulation_steps=2'
@@ -4830,7 +4948,7 @@ def test_six_steps_are_three_and_three_more_bit_for_bit(tmp_path, run):
 
 def test_a_resumed_run_takes_over_settings_and_nothing_else(tmp_path, run):
     state = run(*QUICK, '--max_iters=0')
-    no_settings = dict(__file__='evil.py', main='evil', os='evil', COLORS='evil')
+    no_settings = dict(__file__='evil.py', main='evil', os='evil', COLORS='evil', Batches=None)
     wrong_types = dict(weight_decay='much', learning_rate=1, augment=1)
     state['settings'] |= no_settings | wrong_types | dict(out_dir='elsewhere', eval_iters=7)
     torch.save(state, tmp_path / 'out/ckpt.pt')
@@ -4861,6 +4979,15 @@ def test_a_checkpoint_is_only_replaced_when_that_is_asked_for(run):
     assert_one_line(error)
     assert run('--init_from=resume', '--eval_only')['step'] == 2
     assert run(*QUICK, '--max_iters=1', '--overwrite')['step'] == 1
+
+def test_fine_tuning_replaces_no_other_run_unasked(tmp_path, start, run):
+    options = [*QUICK, '--tokenizer=', f'--init_from={tmp_path}/start.pt', '--max_iters=0']
+    run(*options)
+
+    with pytest.raises(UserError, match='--overwrite replaces it') as error:
+        run(*options)
+
+    assert_one_line(error)
 
 @pytest.mark.parametrize('option', '''--dropout=0.5 --image_size=32 --preset=small --tokenizer=bpe
     --block_size=64 --projection=mlp --vocab_size=300 --freeze=vision --optimizer=adamw
@@ -4904,6 +5031,21 @@ def test_each_rank_has_its_own_dropout_in_each_step(run, monkeypatch):
 
     assert len(seeds) == len(set(seeds)) == 6
     assert start.call_args.kwargs['timeout'].total_seconds() > 3600  # rank 0 may evaluate for long
+
+def test_another_seed_draws_other_dropout(run, monkeypatch):
+    def noting(model, *batch):
+        if model.training:
+            seeds.append(torch.initial_seed())
+        return forward(model, *batch)
+    seeds = []
+    forward = MinimalVLM.forward
+    monkeypatch.setattr(MinimalVLM, 'forward', noting)
+
+    for seed in (1, 2):
+        run(*QUICK, *SMALL, '--eval_samples=0', '--max_iters=1', f'--seed={seed}', '--overwrite')
+
+    assert len(seeds) == 2
+    assert seeds[0] != seeds[1]
 
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
@@ -5052,6 +5194,17 @@ def test_any_pair_of_repositories_is_downloaded_and_trained(hub, run):
     assert files == ['eyes/config.json', 'words/config.json', 'words/tokenizer.json',
                      'eyes/model.safetensors', 'words/model.safetensors']
 
+def test_between_encoder_and_decoder_may_be_a_space(tmp_path, settings):
+    write_published('siglip', tmp_path / 'vision')
+    theirs = write_published('gpt2', tmp_path / 'text')
+    train_tokenizer(tmp_path / 'text/tokenizer.json', digits=False, vocab_size=300)
+    train.init_from = f'{tmp_path}/vision, {tmp_path}/text'
+    train.projection = 'linear'
+
+    model, _ = train.make_model([])
+
+    assert torch.equal(model.decoder.embedding.weight, theirs.transformer.wte.weight)
+
 def test_a_nanovlm_in_a_folder_is_trained_with_the_tokenizer_in_it(hub, tmp_path, settings):
     write_nanovlm(tmp_path / 'nano')
     theirs = train_tokenizer(tmp_path / 'nano/tokenizer.json', digits=True, vocab_size=300)
@@ -5109,7 +5262,7 @@ def test_a_save_that_fails_does_not_end_a_run_before_its_last_step(tmp_path, run
     end = run(*QUICK, '--max_iters=2', '--eval_interval=1', '--eval_samples=0')
 
     assert end['step'] == 2
-    assert 'step 1: could not write it\n' in capfd.readouterr().out
+    assert 'step 1: could not write it\n' in capfd.readouterr().err
     monkeypatch.setattr(train, 'save_checkpoint', mock.Mock(side_effect=UserError('could not write it')))
     with pytest.raises(UserError, match='could not write it'):
         run(*QUICK, '--max_iters=2', '--eval_samples=0', '--overwrite')
@@ -5132,7 +5285,7 @@ def test_losses_are_logged_even_if_the_samples_cannot_be_drawn(tmp_path, run, mo
     run(*QUICK, *SMALL, '--max_iters=1')
 
     assert [row['val_loss'] != '' for row in read_log(tmp_path / 'out')][-1:] == [True]
-    assert 'the evaluation failed: samples.png is open elsewhere' in capfd.readouterr().out
+    assert 'the evaluation failed: samples.png is open elsewhere' in capfd.readouterr().err
 
 def test_a_run_survives_held_out_images_that_cannot_be_read(tmp_path, run, capfd):
     make_photos(tmp_path / 'photos/dog', 9)
@@ -5142,7 +5295,7 @@ def test_a_run_survives_held_out_images_that_cannot_be_read(tmp_path, run, capfd
     end = run(*QUICK, f'--dataset={tmp_path}/photos', f'--val_dataset={tmp_path}/others')
 
     assert end['step'] == 2
-    assert 'step 2: the evaluation failed: none of the 1 images in ' in capfd.readouterr().out
+    assert 'step 2: the evaluation failed: none of the 1 images in ' in capfd.readouterr().err
 
 def test_texts_of_drawn_scenes_that_are_cut_are_reported(run, capfd):
     run(*QUICK, '--tokenizer=bytes', '--eval_samples=0')
@@ -5262,6 +5415,22 @@ def test_the_logged_loss_is_a_mean_over_the_batches_of_a_step(tmp_path, run):
 
     assert 4 < float(read_log(tmp_path / 'out')[0]['loss']) < 8  # ln 257 = 5.5 is that of a guess
 
+def test_the_logged_loss_counts_all_batches_of_a_step(tmp_path, run, monkeypatch):
+    def noting(model, *batch):
+        logits, loss = forward(model, *batch)
+        if model.training:
+            losses.append(loss.item())
+        return logits, loss
+    losses = []
+    forward = MinimalVLM.forward
+    monkeypatch.setattr(MinimalVLM, 'forward', noting)
+
+    run(*QUICK, *SMALL, '--eval_samples=0', '--max_iters=1', '--gradient_accumulation_steps=3')
+
+    assert len(losses) == 3
+    assert abs(losses[2] - sum(losses) / 3) > 1e-3
+    assert float(read_log(tmp_path / 'out')[0]['loss']) == pytest.approx(sum(losses) / 3, abs=2e-5)
+
 def test_a_run_resumed_between_log_lines_logs_the_mean_of_its_own_steps(tmp_path, run):
     options = [*QUICK, *SMALL, '--eval_samples=0', '--batch_size=2']
     run(*options, '--max_iters=3')
@@ -5285,6 +5454,17 @@ def test_a_row_is_in_the_log_as_soon_as_its_step_is_done(tmp_path, run, in_each_
     in_each_step(lambda: seen.append(len(read_log(tmp_path / 'out'))))
 
     run(*QUICK, *SMALL, '--max_iters=3')
+
+    assert seen == [0, 1, 2]
+
+def test_a_line_is_printed_as_soon_as_its_step_is_done(tmp_path, run, in_each_step, monkeypatch):
+    def look():
+        seen.append((tmp_path / 'printed.txt').read_text().count('images/s'))
+    seen = []
+    in_each_step(look)
+    monkeypatch.setattr(sys, 'stdout', open(tmp_path / 'printed.txt', 'w'))  # which holds short texts back
+
+    run(*QUICK, *SMALL, '--eval_samples=0', '--max_iters=3')
 
     assert seen == [0, 1, 2]
 
@@ -5327,6 +5507,28 @@ def test_a_full_disk_and_a_closed_pipe_do_not_end_a_run_at_a_log_line(tmp_path, 
     end = run(*QUICK)
 
     assert end['step'] == 2
+
+def test_a_disk_that_is_full_when_log_csv_grows_does_not_end_a_run(run, monkeypatch):
+    def failing(*texts, file=None, **options):
+        if file is not None:
+            raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(train, 'print', failing, raising=False)
+
+    end = run(*QUICK, *SMALL, '--eval_samples=0')
+
+    assert end['step'] == 2
+
+def test_a_closed_pipe_does_not_end_a_run_at_an_evaluation(run, monkeypatch, capfd):
+    def failing(text, **options):
+        if 'file' not in options and 'held-out loss' in text:
+            raise BrokenPipeError
+        print(text, **options)
+    monkeypatch.setattr(train, 'print', failing, raising=False)
+
+    end = run(*QUICK, '--eval_interval=1')
+
+    assert end['step'] == 2
+    assert 'step 1: the evaluation failed' in capfd.readouterr().err
 
 def test_a_page_of_samples_that_cannot_be_written_does_not_end_a_run(run, monkeypatch):
     monkeypatch.setattr(train, 'draw_samples', mock.Mock(side_effect=OSError(28, 'No space left on device')))
@@ -5380,6 +5582,15 @@ def test_a_second_signal_ends_the_run_at_once(run, number):
     handler(number, None)
 
     assert signal.getsignal(number) is signal.SIG_DFL
+
+def test_a_signal_stops_a_run_whose_messages_nobody_can_read_any_more(settings, monkeypatch):
+    """Ctrl-C also ends the tee in `2>&1 | tee log.txt`."""
+    monkeypatch.setattr(os, 'write', mock.Mock(side_effect=BrokenPipeError))
+    stopped = train.catch_signals()
+
+    signal.raise_signal(signal.SIGINT)
+
+    assert stopped == [signal.SIGINT]
 
 def test_a_resumed_run_in_float16_goes_on_with_its_scale(run, monkeypatch):
     options = [*QUICK, *SMALL, '--dtype=float16']
@@ -5542,6 +5753,23 @@ def test_the_time_of_evaluations_is_not_that_of_steps(run, monkeypatch, capfd):
     assert len(ms) == 3
     assert max(map(int, ms)) < 10_000
 
+def test_the_logged_time_is_that_of_the_steps_since_the_last_line_or_the_start(
+        run, in_each_step, monkeypatch, capfd):
+    """By a clock that goes on by a minute in each step."""
+    def wait():
+        clock.append(60)
+    def now():
+        return sum(clock)
+    clock = []
+    in_each_step(wait)
+    monkeypatch.setattr(train, 'time', SimpleNamespace(time=now))
+
+    run(*QUICK, *SMALL, '--eval_samples=0', '--max_iters=3', '--log_interval=1')
+    run('--init_from=resume', '--max_iters=8', '--log_interval=4')
+
+    ms = re.findall(r'step (\d)/\d: .* (\d+) ms,', capfd.readouterr().out)
+    assert ms == [('1', '60000'), ('2', '60000'), ('3', '60000'), ('4', '60000'), ('8', '60000')]
+
 @pytest.mark.parametrize('capable, dtype', [(True, 'bfloat16'), (False, 'float32')])
 def test_a_cpu_computes_in_bfloat16_only_where_it_has_instructions_for_it(monkeypatch, capable, dtype):
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx512_bf16': capable})
@@ -5681,6 +5909,15 @@ def test_a_tilde_before_out_dir_is_the_home_folder(tmp_path, settings, monkeypat
     train.main([*QUICK, *SMALL, '--max_iters=0', '--out_dir=~/out'])
 
     assert {*os.listdir(tmp_path / 'out')} == {'ckpt.pt', 'log.csv', 'samples.png'}
+
+def test_a_checkpoint_below_a_tilde_is_protected_and_resumed(tmp_path, run, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    run(*QUICK, *SMALL, '--eval_samples=0', '--out_dir=~/out')
+
+    with pytest.raises(UserError, match='--overwrite replaces it'):
+        run(*QUICK, *SMALL, '--out_dir=~/out')
+
+    assert run('--init_from=resume', '--max_iters=3', '--out_dir=~/out')['step'] == 3
 
 def test_a_run_in_float32_may_go_on_in_float16(run):
     run(*QUICK, *SMALL)
@@ -6153,6 +6390,20 @@ def test_a_file_that_cannot_be_written_ends_a_runner_with_one_line(folder, tmp_p
     assert done.returncode == 1
     assert re.fullmatch(f"{runner}: .*Is a directory: '.*out/{file}'\n", done.stderr)
 
+@pytest.mark.parametrize('runner, names', [('train.py', ['SIGINT']), ('sample.py', ['SIGINT', 'SIGPIPE'])])
+def test_ctrl_c_and_a_reader_that_leaves_end_a_runner_without_a_traceback(
+        tmp_path, monkeypatch, runner, names):
+    """As long as no step has begun, and as in `python sample.py --image=photos | head`."""
+    set_handler = mock.Mock()
+    monkeypatch.setattr(signal, 'signal', set_handler)
+    monkeypatch.setattr(sys, 'argv', [runner, '--device=tpu', f'--out_dir={tmp_path}'])
+
+    with pytest.raises(SystemExit, match='device=tpu'):
+        runpy.run_path(str(HERE / runner), run_name='__main__')
+
+    expected = [mock.call(getattr(signal, name), signal.SIG_DFL) for name in names]
+    assert set_handler.call_args_list == expected
+
 def test_top_k_is_that_of_the_model(folder, talk):
     _, printed, _ = talk(f'--out_dir={folder}', f'--image={folder}/a.png', '--dtype=float32', '--top_k=1',
                          '--num_samples=3', '--temperature=1', '--top_p=1', '--max_new_tokens=6')
@@ -6202,6 +6453,20 @@ def test_the_ending_of_the_attention_file_may_be_in_capitals(folder, talk):
     talk(f'--out_dir={folder}', f'--image={folder}/a.png', '--max_new_tokens=4', f'--attention={path}')
 
     assert Image.open(path).format == 'PNG'
+
+def test_to_draw_attention_nothing_is_kept_for_gradients(folder, talk, monkeypatch):
+    def embed_and_look(model, *inputs):
+        x = embed(model, *inputs)
+        seen.add(x.requires_grad)
+        return x
+    seen = set()
+    embed = MinimalVLM.embed
+    monkeypatch.setattr(MinimalVLM, 'embed', embed_and_look)
+    monkeypatch.chdir(folder)
+
+    talk('--out_dir=.', '--image=a.png', '--max_new_tokens=4', '--attention=look.png')
+
+    assert seen == {False}
 
 def test_a_word_of_several_tokens_shows_where_all_of_them_looked(folder, monkeypatch):
     """Each word has four tokens, as each byte is one. Full orange on red adds 0.7 * 69 = 48 of green."""
@@ -6322,6 +6587,20 @@ def test_the_speed_is_that_of_the_tokens_after_the_first(folder, talk, monkeypat
     _, printed, _ = talk(f'--out_dir={folder}', f'--image={folder}/a.png', '--max_new_tokens=6')
 
     assert printed.endswith('[first token after 50 ms, then 20 tokens/s]\n')
+
+def test_each_token_is_shown_before_the_next_one_but_one_is_drawn(folder, talk, monkeypatch):
+    def letter(logits, *options):
+        shown.append((folder / 'shown.txt').read_text().count('A'))
+        return torch.tensor([[65]])
+    shown = []
+    monkeypatch.setattr(vlm, 'sample_top_p', letter)
+    monkeypatch.setattr(sys, 'stdout', open(folder / 'shown.txt', 'w'))  # which holds short texts back
+
+    monkeypatch.chdir(folder)
+    talk('--out_dir=.', '--image=a.png', '--max_new_tokens=6')
+
+    assert len(shown) == 6
+    assert all(count >= n - 1 for n, count in enumerate(shown))
 
 def test_the_colon_of_a_prompt_is_printed(folder, talk):
     _, printed, _ = talk(f'--out_dir={folder}', f'--image={folder}/a.png', '--prompt=color:', '--choices=a,b')
@@ -6739,6 +7018,17 @@ def test_below_a_picture_of_attention_is_the_whole_word_even_if_it_is_the_first(
     sample.draw_attention(model, tok, pixels, torch.tensor([256]), said, f'{folder}/b.png', '')
 
     assert [texts for _, texts in sheet.call_args[0][0][1:]] == [[('dogs', 'black')], [('cats', 'black')]]
+
+def test_small_words_have_no_picture_of_attention(folder, monkeypatch):
+    sheet = mock.Mock()
+    monkeypatch.setattr(sample, 'contact_sheet', sheet)
+    model, tok, _ = load_checkpoint(str(folder / 'ckpt.pt'))
+    pixels = image_transform(model.cfg)(open_image(f'{folder}/b.png', 64))
+
+    said = [*b'an owl and a cat to the east of it']
+    sample.draw_attention(model, tok, pixels, torch.tensor([256]), said, f'{folder}/b.png', '')
+
+    assert [texts[0][0] for _, texts in sheet.call_args[0][0][1:]] == ['owl', 'cat', 'east', 'it']
 
 def test_the_attention_of_an_answer_of_one_token_is_not_the_whole_picture(folder, monkeypatch):
     def attend_to_the_last_visual_token(q, k, v, mask):

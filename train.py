@@ -362,7 +362,7 @@ def read_settings(argv):
     model, tok, checkpoint = load_checkpoint(path)
     check('settings' in checkpoint, f'{path} was not written by train.py: it cannot be resumed')
     for name, value in checkpoint['settings'].items():  # unless removed or of another type now
-        if name not in ('out_dir', 'init_from') and type(value) is type(settings.get(name)):
+        if name in {*settings} - {'out_dir', 'init_from'} and type(value) is type(settings[name]):
             globals()[name] = value
     before = dict(globals())  # a copy: override changes the globals
     settings = override(globals(), argv)  # again, on top of the saved ones
@@ -499,7 +499,7 @@ def main(argv=None):
                     save_checkpoint(f'{folder}/ckpt.pt', model, tok, **state)
                 except UserError as e:  # perhaps a full disk: the next save may succeed
                     check(not last, str(e))  # raises, if this was the last
-                    print(f'step {step}: {e}')
+                    print(f'step {step}: {e}', file=sys.stderr)  # stdout may be a closed pipe
             if not halt:
                 try:
                     with autocast:
@@ -509,7 +509,7 @@ def main(argv=None):
                         draw_samples(model, tok, choose_items(shown, 6), f'{folder}/samples.png')
                 except (UserError, OSError) as e:  # no readable image, a full disk
                     check(not eval_only, str(e))
-                    print(f'step {step}: the evaluation failed: {e}')
+                    print(f'step {step}: the evaluation failed: {e}', file=sys.stderr)
             since += time.time() - pause  # this was not training time
         if last:
             break
