@@ -112,7 +112,7 @@ SIGLIP_B = TransformerConfig(n_layer=12, n_head=12, n_embd=768, activation='gelu
 GPT2 = TransformerConfig(n_layer=12, n_head=12, n_embd=768, activation='gelu_tanh', norm_eps=1e-5)
 LLAMA = TransformerConfig(norm='rms', norm_eps=1e-5, activation='swiglu', position='rope', bias=False)
 SMOLLM2_135M = replace(LLAMA, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_hidden=1536, rope_base=1e5)
-SLIM = TransformerConfig(n_layer=4, n_head=8, n_embd=128, bias=False)  # for photos: 4 heads
+SLIM = TransformerConfig(n_layer=4, n_head=8, n_embd=128, bias=False)  # 'small' has 4 heads
 SHARED = dict(image_size=64, patch_size=8, stem='conv', projection='pixel_shuffle', input_norm=True)
 PRESETS = {  # visual tokens (N,C): tiny and small (16,128), base (196,768), nanovlm (49,576)
     'tiny': VLMConfig(replace(SLIM, n_layer=1), SLIM, vocab_size=512, block_size=112, **SHARED),
@@ -321,7 +321,7 @@ class LanguageDecoder(nn.Module):
         self.embedding = nn.Embedding(cfg.vocab_size, C)  # its weight is also the output head: tied
         self.input_norm = nn.LayerNorm(C, elementwise_affine=False) if cfg.input_norm else nn.Identity()
         if cfg.text.position == 'learned':
-            std = 0.5 if cfg.input_norm else 0.02  # 0.5: comparable to the normalized inputs
+            std = 0.5 if cfg.input_norm else 0.02  # inputs of std 1 would drown out 0.02
             self.position_embedding = nn.Parameter(std * torch.randn(cfg.block_size, C))
         self.transformer = Transformer(cfg.text, causal=True)
     def head(self, h):
@@ -363,8 +363,8 @@ class MinimalVLM(nn.Module):
             for block in stack.blocks:
                 for layer in (block.attn.out, block.mlp.down):  # these add to the residual stream
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
-        # q = Wx and k = Wy share one random W at first; W^T W is about 0.7^2 I, so q.k summed over heads is
-        # about 0.49 x.y: tokens attend to similar ones (arXiv 2305.09828), and small models learn sooner.
+        # q = Wx and k = Wy share one random W, its entries of std 0.7/sqrt(C): W^T W is about 0.49 I, and q.k,
+        # summed over heads, 0.49 x.y. Tokens attend to similar ones (arXiv 2305.09828): learned sooner.
         for attn in [*self.vision.modules(), *self.decoder.modules()]:  # not the Perceiver
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
                 nn.init.normal_(attn.k.weight, std=0.7 / math.sqrt(attn.k.in_features))
@@ -566,14 +566,14 @@ def read_json(path):
         raise UserError(f'{path} cannot be read as a JSON object ({e})') from e
 
 def read_config(name):
-    """The VLMConfig fields that a published model fixes, even to a default: they replace a preset's."""
+    """VLMConfig fields that a published model dictates, defaults included: they override a preset's."""
     image_fields = dict(encoder='vit', stem='patch', image_size=224, patch_size=16)
     image_fields |= dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
     if name.startswith('resnet'):
         image_fields |= dict(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
-        return image_fields | dict(encoder=name, patch_size=32, projection='mlp')
+        return image_fields | dict(encoder=name, patch_size=32, projection='mlp')  # 7 x 7 cells
     path = fetch(name, 'config.json')
-    config = dict(rms_norm_eps=1e-6) | read_json(path)  # transformers' default for a Llama
+    config = dict(rms_norm_eps=1e-6) | read_json(path)  # 1e-6: if a Llama omits it
     kind = str(config.get('model_type', 'nanovlm')).removesuffix('_vision_model')  # SigLIP's vision half
     check(kind in SUPPORTED, f'{path}: model_type={kind} must be one of {", ".join(SUPPORTED)}')
     config |= config.get('vision_config') or {}  # in a full SigLIP's config
@@ -728,9 +728,9 @@ class Tokenizer:
         for step in steps:
             for key, value in supported.items():
                 check(step.get(key, value) == value, f'{path}: unsupported pre-tokenizer ({key})')
-        # tiktoken merges by id, so ids must rise in merge order. -1, a missing token, is below the 0 in front
+        # tiktoken merges by id, so ids must rise in merge order; -1, for a missing token, breaks the order
         joined = [m.replace(' ', '') if isinstance(m, str) else ''.join(m) for m in model['merges']]
-        ids = [0] + [model['vocab'].get(token, -1) for token in joined]
+        ids = [0] + [model['vocab'].get(token, -1) for token in joined]  # 0: for a first -1
         check(END in special and ids == sorted(ids), f'{path}: no {END}, or ids not in merge order')
         # GPT-2 writes a printable byte as itself, the others as chr(256), chr(257), ..., in this order
         alphabet = {256 + n: byte for n, byte in enumerate([*range(33), *range(127, 161), 173])}
@@ -743,7 +743,7 @@ def learn_bpe(texts, n_tokens):
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+|\d| ?(?:[^\w\s]|_)+|\s+(?=\d)|\s+(?!\S)|\s+"
     pieces = Counter(piece for text in texts for piece in re.findall(pattern, text))
     counts = list(pieces.values())  # how often each piece occurs in the texts
-    # pieces as tokens in brackets (no ‹ or › in latin-1), so that replace() joins whole tokens: ‹c›‹a›‹t›
+    # pieces as tokens in brackets (not in latin-1), so that replace() joins whole tokens: ‹c›‹a›‹t›
     words = [''.join(f'‹{chr(b)}›' for b in piece.encode('utf-8', 'replace')) for piece in pieces]
     pairs = Counter()  # (left, right) -> how often they are neighbors in the texts
     def add_pairs(word, n):
@@ -757,7 +757,7 @@ def learn_bpe(texts, n_tokens):
         (left, right), most = pairs.most_common(1)[0]
         if most < 2:
             break
-        tokens[left + right] = len(tokens)  # never a second spelling: all joins are made everywhere
+        tokens[left + right] = len(tokens)  # new: joins go everywhere, so no other pair spells it
         apart, joined = f'‹{left}›‹{right}›', f'‹{left}{right}›'
         for i, word in enumerate(words):
             if apart in word:
@@ -821,7 +821,7 @@ def collate(items, cfg, tokenizer, transform):
             row += zip(ids, targets, range(len(ids)))
         rows.append(row[: cfg.block_size - cfg.n_visual])
     longest = max(map(len, rows))
-    rows = [row + [(0, -100, 0)] * (longest - len(row)) for row in rows]  # position 0: a new text
+    rows = [row + [(0, -100, 0)] * (longest - len(row)) for row in rows]  # 0: each pad is a text
     ids, targets, positions = torch.tensor(rows).unbind(-1)  # (B,T,3) -> three times (B,T)
     packed = any(len(texts) > 1 for _, texts in items)
     images = torch.stack([transform(image) for image, _ in items])
