@@ -363,7 +363,7 @@ class MinimalVLM(nn.Module):
             for block in stack.blocks:
                 for layer in (block.attn.out, block.mlp.down):  # these add to the residual stream
                     nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(stack.blocks)))
-        # q = Wx and k = Wy share one random W, its entries of std 0.7/sqrt(C): W^T W is about 0.49 I, and q.k,
+        # q = Wx and k = Wy share one random W, entries of std 0.7/sqrt(C): W^T W is about 0.49 I, and q.k,
         # summed over heads, 0.49 x.y. Tokens attend to similar ones (arXiv 2305.09828): learned sooner.
         for attn in [*self.vision.modules(), *self.decoder.modules()]:  # not the Perceiver
             if isinstance(attn, Attention) and attn.group_size == 1:  # else q and k differ in shape
