@@ -471,7 +471,7 @@ def read_table(text):
 
 # Our layer names and a public file's: '#' is the block number, '-' means none. load_weights adds .weight or
 # .bias, except to position_embedding. ':T' transposes the weight; ':0', ':1' and ':2' take the q, k and v
-# third of one matrix; ':T1' does both: GPT-2's k is the second third of h.#.attn.c_attn, transposed.
+# third of one layer; ':T1' does both: GPT-2's k is the second third of h.#.attn.c_attn, transposed.
 VISION_NAMES = read_table("""
 ours                SigLIP                                 nanoVLM
 stem                embeddings.patch_embedding             vision_encoder.patch_embedding.conv
@@ -566,7 +566,7 @@ def read_json(path):
         raise UserError(f'{path} cannot be read as a JSON object ({e})') from e
 
 def read_config(name):
-    """VLMConfig fields that a published model dictates, defaults included: they override a preset's."""
+    """VLMConfig fields that a published model fixes, defaults included; train.py puts them over a preset."""
     image_fields = dict(encoder='vit', stem='patch', image_size=224, patch_size=16)
     image_fields |= dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
     if name.startswith('resnet'):
@@ -730,9 +730,9 @@ class Tokenizer:
                 check(step.get(key, value) == value, f'{path}: unsupported pre-tokenizer ({key})')
         # tiktoken merges by id, so ids must rise in merge order; -1, for a missing token, breaks the order
         joined = [m.replace(' ', '') if isinstance(m, str) else ''.join(m) for m in model['merges']]
-        ids = [0] + [model['vocab'].get(token, -1) for token in joined]  # 0: for a first -1
+        ids = [0] + [model['vocab'].get(token, -1) for token in joined]  # 0: catches a first -1
         check(END in special and ids == sorted(ids), f'{path}: no {END}, or ids not in merge order')
-        # GPT-2 writes a printable byte as itself, the others as chr(256), chr(257), ..., in this order
+        # GPT-2 writes printable bytes as themselves, the n-th other byte as chr(256 + n); here back
         alphabet = {256 + n: byte for n, byte in enumerate([*range(33), *range(127, 161), 173])}
         tokens = {t.translate(alphabet): i for t, i in model['vocab'].items() if t not in special}
         return cls(name, tokens, special, pieces)
@@ -757,7 +757,7 @@ def learn_bpe(texts, n_tokens):
         (left, right), most = pairs.most_common(1)[0]
         if most < 2:
             break
-        tokens[left + right] = len(tokens)  # new: joins go everywhere, so no other pair spells it
+        tokens[left + right] = len(tokens)  # new: ab is joined everywhere, so no a+bc makes abc
         apart, joined = f'‹{left}›‹{right}›', f'‹{left}{right}›'
         for i, word in enumerate(words):
             if apart in word:
@@ -821,7 +821,7 @@ def collate(items, cfg, tokenizer, transform):
             row += zip(ids, targets, range(len(ids)))
         rows.append(row[: cfg.block_size - cfg.n_visual])
     longest = max(map(len, rows))
-    rows = [row + [(0, -100, 0)] * (longest - len(row)) for row in rows]  # 0: each pad is a text
+    rows = [row + [(0, -100, 0)] * (longest - len(row)) for row in rows]  # position 0 hides pads
     ids, targets, positions = torch.tensor(rows).unbind(-1)  # (B,T,3) -> three times (B,T)
     packed = any(len(texts) > 1 for _, texts in items)
     images = torch.stack([transform(image) for image, _ in items])
