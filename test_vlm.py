@@ -89,7 +89,7 @@ def assert_one_line(error):
 
 # the files --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('name, limit', [
-    ('vlm.py', 850), ('data.py', 452), ('train.py', 560), ('sample.py', 180), ('test_vlm.py', 7200),
+    ('vlm.py', 850), ('data.py', 452), ('train.py', 560), ('sample.py', 180), ('test_vlm.py', 7300),
     ('README.md', 250)])
 def test_the_files_keep_to_their_length_and_width(name, limit):
     lines = (HERE / name).read_text(encoding='utf-8').splitlines()
@@ -217,6 +217,9 @@ def test_settings_at_the_edge_of_what_is_allowed_are_accepted():
     assert replace(CFG, block_size=4 + 16).block_size == 20  # 4 visual tokens, and 16 of text
     assert replace(CFG, image_size=40, projection='linear').n_visual == 25
 
+def test_a_resnet_ignores_the_stem():
+    assert replace(KINDS['conv'], encoder='resnet18', patch_size=32, projection='linear').n_visual == 1
+
 def test_the_nanovlm_preset_gives_pixels_from_0_to_1_to_the_encoder():
     """As nanoVLM's image processor does: see shared/WEIGHTS.md."""
     preset = PRESETS['nanovlm']
@@ -227,6 +230,20 @@ def test_the_nanovlm_preset_gives_pixels_from_0_to_1_to_the_encoder():
     x = model.embed(images, ids)
 
     assert_close(x[:, :4], model.projection(model.vision(images / 255)), 1e-4)
+
+def test_the_nanovlm_preset_asks_as_nanovlm_was_trained():
+    preset = PRESETS['nanovlm']
+
+    assert bytes(encode_prompt(BYTES, preset, 'who?')) == b'Question: who? Answer:'
+    assert bytes(encode_prompt(BYTES, preset, '')) == b'Question: What is this? Answer:'
+
+def test_the_decoder_of_the_nanovlm_preset_is_the_published_smollm2(tmp_path):
+    (tmp_path / 'config.json').write_text("""{
+        "model_type": "llama", "hidden_act": "silu", "hidden_size": 576, "intermediate_size": 1536,
+        "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3, "rms_norm_eps": 1e-05,
+        "rope_theta": 100000, "tie_word_embeddings": true, "vocab_size": 49152}""")
+
+    assert vlm.read_config(str(tmp_path))['text'] == PRESETS['nanovlm'].text
 
 def test_a_width_of_0_is_refused_by_name():
     with pytest.raises(UserError, match='n_embd=0'):
@@ -640,6 +657,20 @@ def test_the_conv_stem_takes_the_maximum_of_each_square_of_2_by_2():
         x = F.gelu(x / (1 + 1e-5) ** 0.5)  # new batch norms have mean 0 and variance 1
     assert_close(cells, F.conv2d(x, stem[10].weight, stem[10].bias, padding=1))
 
+def test_the_conv_stem_normalizes_before_its_activations():
+    torch.manual_seed(0)
+    stem = vlm.conv_stem(8)
+    x = torch.randn(2, 3, 32, 32)
+
+    cells = stem(x)
+
+    x = F.gelu(stem[0](x))
+    for i in (2, 6):
+        x = F.max_pool2d(stem[i](x), 2)
+        var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0, keepdim=True)
+        x = F.gelu((x - mean) / (var + 1e-5).sqrt())
+    assert_close(cells, stem[10](x))
+
 # vlm.py, 4. projection --------------------------------------------------------------------------------
 def test_pixel_shuffle_takes_rows_then_columns_then_channels():
     cells = torch.arange(16 * 5).view(4, 4, 5)
@@ -714,6 +745,10 @@ def test_a_perceiver_has_two_blocks_however_deep_the_decoder_is(n_layer):
 
     assert len(model.projection.resampler.blocks) == 2
 
+@pytest.mark.parametrize('kind, bias', [('linear', True), ('perceiver', True), ('llama', False)])
+def test_of_the_projections_only_pixel_shuffles_has_no_bias(kind, bias):
+    assert (MinimalVLM(KINDS[kind]).projection.proj.bias is not None) == bias
+
 # vlm.py, 5. language decoder --------------------------------------------------------------------------
 def test_what_enters_the_decoder_has_mean_0_and_standard_deviation_1():
     cfg = KINDS['conv']
@@ -748,6 +783,13 @@ def test_learned_positions_start_large_beside_normalized_inputs(input_norm, std)
 
     assert_std(model.vision.position_embedding, 0.02)
     assert_std(model.decoder.position_embedding, std)
+
+def test_latents_start_as_small_as_embeddings():
+    torch.manual_seed(0)
+
+    model = MinimalVLM(replace(KINDS['perceiver'], n_latents=40))
+
+    assert_std(model.projection.latents, 0.02)
 
 # vlm.py, 6. the whole model ---------------------------------------------------------------------------
 def assert_std(weight, expected):
@@ -945,6 +987,18 @@ def test_a_text_ends_with_stop():
 
     length = 7 + plain[0, 7:].tolist().index(stop) + 1
     assert torch.equal(out, plain[:, :length])
+
+def test_unless_told_otherwise_50_tokens_are_generated_and_none_is_the_last(monkeypatch):
+    def draw(*args):
+        return torch.tensor([[next(draws)]])
+    model = build(CFG)
+    images, ids = some_input(CFG, B=1)
+
+    draws = iter(range(100))
+    monkeypatch.setattr(vlm, 'sample_top_p', draw)
+
+    assert [token.item() for token in model.stream(images, ids)] == [*range(50)]
+    assert model.generate(images, ids)[0, 7:].tolist() == [*range(50, 100)]
 
 def test_one_image_serves_several_rows():
     model = build(CFG)
@@ -1176,6 +1230,19 @@ def test_top_p_draws_no_more_once_p_is_reached_exactly():
     assert len(draw([0.5, 0.5], p=0.5)) == 1
     assert len(draw([0.25, 0.25, 0.25, 0.25], p=0.5)) == 2
 
+def test_bfloat16_logits_are_drawn_with_more_precise_probabilities(monkeypatch):
+    def draw(probs, num_samples):
+        drawn.append(probs)
+        return probs.argmax(dim=-1, keepdim=True)
+    drawn = []
+    monkeypatch.setattr(torch, 'multinomial', draw)
+    logits = torch.randn(2, 300).bfloat16()
+
+    sample_top_p(logits, temperature=0.7)
+
+    expected = (logits.double() / 0.7).softmax(dim=-1).sort(dim=-1, descending=True).values
+    assert_close(drawn[0], expected, 1e-7)
+
 # vlm.py, 8. public weights and checkpoints -------------------------------------------------------------
 SIZES = dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32, intermediate_size=96)
 
@@ -1324,6 +1391,25 @@ def test_parts_that_no_file_covers_start_from_scratch(tmp_path):
     assert changed == {name for name in loaded if name.startswith('decoder.')}
     assert torch.equal(loaded['decoder.embedding.weight'], file['model.embed_tokens.weight'])
 
+def test_published_parts_replace_those_of_a_preset_with_another_stem_and_normalized_inputs(tmp_path):
+    vision = write_published('siglip', tmp_path / 'vision').vision_model
+    text = write_published('gpt2', tmp_path / 'text')
+    names = [f'{tmp_path}/vision', f'{tmp_path}/text']
+    cfg = replace(PRESETS['tiny'], **vlm.read_config(names[0]), **vlm.read_config(names[1]))
+    pixels = some_pixels()
+    ids = some_input(CFG)[1]
+
+    model = MinimalVLM.from_pretrained(','.join(names), cfg)
+
+    assert_close(model.vision(pixels), vision(pixels).last_hidden_state)
+    assert_close(model(None, ids)[0], text(ids).logits)
+
+def test_a_resnet_fits_into_a_preset_that_merges_cells():
+    """Its 7 x 7 cells are not a multiple of 2 x 2."""
+    cfg = replace(PRESETS['tiny'], block_size=128, **vlm.read_config('resnet18'))
+
+    assert cfg.n_visual == 49
+
 NANO_CONFIG = dict(
     vit_n_blocks=2,
     vit_n_heads=4,
@@ -1451,6 +1537,13 @@ def test_a_linear_projection_does_not_fit_into_an_mlp(tmp_path):
         MinimalVLM.from_pretrained(str(tmp_path), replace(NANO, projection='mlp'))
 
     assert_one_line(error)
+
+def test_a_file_without_a_part_of_a_model_is_refused(tmp_path):
+    st = pytest.importorskip('safetensors.torch')
+    st.save_file({'head.weight': torch.ones(2)}, tmp_path / 'a.safetensors')
+
+    with pytest.raises(UserError, match='a.safetensors: unsupported layout'):
+        vlm.load_weights(build(CFG), tmp_path / 'a.safetensors')
 
 def test_a_nanovlm_without_its_tied_weight_is_refused(tmp_path):
     write_nanovlm(tmp_path, without=['decoder.token_embedding.weight'])
@@ -2230,6 +2323,10 @@ def test_underscores_are_learned_as_the_punctuation_that_tiktoken_takes_them_for
     assert regex.findall(vlm.PIECES, text)[1] == ' __'
     assert ' __' in learned
 
+@pytest.mark.parametrize('ending', ['s', 'd', 't', 'm', 'll', 've', 're'])
+def test_contractions_are_learned_as_the_pieces_of_encoding(ending):
+    assert f"'{ending}" in vlm.learn_bpe([f"they'{ending} " * 3], 300)
+
 def test_learning_stops_where_no_pair_comes_twice():
     learned = vlm.learn_bpe(['ab', 'ab', 'xy'], 1000)
 
@@ -2553,6 +2650,15 @@ def test_a_large_jpeg_is_decoded_at_a_reduced_size_but_not_below_what_is_needed(
         whole = image_transform(CFG)(image).float()
     assert_close(small, whole, 4)
 
+@pytest.mark.parametrize('size', [8, 64])
+def test_a_jpeg_keeps_its_color(tmp_path, size):
+    Image.new('RGB', (64, 64), 'red').save(tmp_path / 'a.jpg')
+
+    red, green, blue = open_image(tmp_path / 'a.jpg', size).getpixel((1, 1))
+
+    assert red > 250
+    assert max(green, blue) < 5
+
 def test_the_limit_of_pixels_stays_pillows(photo, monkeypatch, recwarn):
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 4_000_000)
     open_image(photo, 100)  # Pillow would warn
@@ -2643,6 +2749,17 @@ def test_one_row_with_several_texts_gives_positions_to_all_rows():
         [*range(7), *range(4)],
     ]
 
+def test_the_row_with_several_texts_need_not_be_the_last():
+    _, _, positions = collate_texts([('q?', 'yes'), ('', 'no')], [('', 'no')])
+
+    assert positions.tolist() == [
+        [*range(7), *range(4)],
+        [*range(4)] + [0] * 7,
+    ]
+
+def test_tabs_and_line_breaks_around_a_prompt_are_of_no_account():
+    assert encode_prompt(BYTES, CFG, '\t who?\r\n') == [*b' who?']
+
 def test_white_space_around_a_prompt_is_of_no_account():
     assert encode_prompt(BYTES, CFG, '  who?\n') == [*b' who?']
 
@@ -2651,6 +2768,14 @@ def test_values_above_16_bits_are_scaled_by_the_brightest():
 
     assert rgb.getpixel((0, 0)) == (255, 255, 255)
     assert rgb.getpixel((0, 7))[0] in (127, 128)
+
+def test_a_picture_with_broken_exif_data_is_read_as_it_is_stored():
+    image = half_and_half('RGB', 'white', 'black')
+    image.info['exif'] = b'no EXIF data'
+    with pytest.raises(SyntaxError):
+        image.copy().getexif()
+
+    assert ImageChops.difference(vlm.to_rgb(image), half_and_half('RGB', 'white', 'black')).getbbox() is None
 
 def test_of_a_template_without_room_for_a_prompt_the_end_is_kept():
     """Beside 4 visual tokens a row has room for 60, half of it for the prompt."""
@@ -2773,6 +2898,12 @@ def test_of_a_mistyped_setting_and_its_value_the_setting_is_named(capsys):
         override('--batchsize', '32')
 
     assert 'unknown setting --batchsize: did you mean --batch_size?' in capsys.readouterr().err
+
+def test_a_long_value_does_not_hide_the_nearest_setting(capsys):
+    with pytest.raises(SystemExit):
+        override('--datset=/home/me/pictures of the holidays/captions.csv')
+
+    assert 'did you mean --dataset?' in capsys.readouterr().err
 
 # data.py, drawn scenes --------------------------------------------------------------------------------
 NINE_PLACES = sorted(data.PLACES, key=len, reverse=True)  # 'at the top left' before 'at the top'
